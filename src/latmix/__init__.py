@@ -1,0 +1,8 @@
+"""latmix: 4-bit microscaling (MX) language models that keep their accuracy: learned affine maps, arXiv 2602.17681."""
+
+from latmix.errors import LatmixError
+from latmix.numerics import decode, encode, fake_quant
+from latmix.pipeline import Evaluation, Run, evaluate, quantize
+from latmix.recipe import Recipe
+
+__all__ = ["Evaluation", "LatmixError", "Recipe", "Run", "decode", "encode", "evaluate", "fake_quant", "quantize"]

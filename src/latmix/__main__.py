@@ -1,0 +1,5 @@
+"""`python -m latmix`."""
+
+from latmix.cli import main
+
+main()

@@ -1,0 +1,87 @@
+"""Text → windows of tokens.
+
+The protocol is the field's usual one for perplexity: the whole text is one sequence (opened by BOS where the tokenizer
+has one), cut into full windows; a last incomplete window is dropped. A corpus of many documents can name the separator
+between them: then each document is such a sequence, and no window crosses from one into another. Given up: padding,
+sampling, streaming of texts larger than memory.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from latmix.errors import LatmixError
+from latmix.recipe import Calibration
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text file and how its documents are told apart."""
+
+    text: str
+    source: str
+    separator: str | None = None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_text(path: Path | str, separator: str | None = None) -> Corpus:
+    """Raises: LatmixError: missing, unreadable, not UTF-8, or empty."""
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise LatmixError(f"The text '{path}' is not UTF-8 (byte {error.start}).") from error
+    except OSError as error:
+        raise LatmixError(f"The text '{path}' cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise LatmixError(f"The text '{path}' is empty.")
+    return Corpus(text, str(path), separator)
+
+
+def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int) -> Int[Tensor, "windows window"]:
+    """All full windows of the corpus.
+
+    Raises: LatmixError: the text is shorter than one window.
+    """
+    documents = [corpus.text] if corpus.separator is None else corpus.text.split(corpus.separator)
+    bos = tokenizer.bos_token_id
+    cut: list[list[int]] = []
+    tokens = 0
+    for ids in tokenizer([text for text in documents if text.strip()], verbose=False)["input_ids"]:
+        opened = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+        cut += [opened[i : i + window] for i in range(0, len(opened) - window + 1, window)]
+        tokens = max(tokens, len(opened))
+    if not cut:
+        raise LatmixError(
+            f"The text '{corpus.source}' is too short: its longest document holds {tokens} tokens, less than one "
+            f"window of {window}."
+        )
+    return torch.tensor(cut)
+
+
+def calibration_windows(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, wish: Calibration, longest: int
+) -> tuple[Int[Tensor, "learn window"], Int[Tensor, "held_out window"]]:
+    """Windows to learn from, spread evenly over the text, and the held-out ones, taken from its end.
+
+    Raises: LatmixError: the text is too short; says how many windows it holds.
+    """
+    window = min(wish.window, longest)
+    every = windows(corpus, tokenizer, window)
+    if len(every) < wish.windows + wish.held_out:
+        raise LatmixError(
+            f"The calibration text '{corpus.source}' is too short: it holds {len(every)} windows of {window} tokens "
+            f"and the recipe asks for {wish.windows} + {wish.held_out} held out; give a longer text, or choose "
+            "calibration.windows, calibration.held_out or calibration.window smaller."
+        )
+    body = every[: len(every) - wish.held_out]
+    spread = torch.linspace(0, len(body) - 1, wish.windows).long()
+    return body[spread], every[len(every) - wish.held_out :]

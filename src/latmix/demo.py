@@ -1,0 +1,54 @@
+"""Four recipes on the model that ships with the package, side by side, on text that none of them was calibrated on."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from latmix.assets import CALIBRATION, DEMO_MODEL, EVALUATION
+from latmix.errors import LatmixError
+from latmix.pipeline import Evaluation, evaluate, quantize
+from latmix.progress import Progress
+from latmix.rundir import write_json
+
+RECIPES = ("rtn", "gptq", "block-hadamard", "latmix-lu")
+REPORT = "demo.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe's result; `seconds` is the whole run without the evaluation."""
+
+    recipe: str
+    evaluation: Evaluation
+    seconds: float
+
+
+def run(out: Path, seed: int, progress: Progress) -> list[Row]:
+    """Raises: LatmixError: `out` exists."""
+    if out.exists():
+        raise LatmixError(f"The output folder '{out}' exists; choose another --out or remove it.")
+    original = evaluate(DEMO_MODEL, EVALUATION, reference=DEMO_MODEL)
+    rows = [Row("full precision", original, 0.0)]
+    for name in RECIPES:
+        finished = quantize(DEMO_MODEL, out / name, name, CALIBRATION, seed, progress=progress)
+        seconds = sum(stage["seconds"] for stage in finished.summary["stages"].values())
+        rows.append(Row(name, evaluate(out / name, EVALUATION, reference=DEMO_MODEL), seconds))
+    write_json(out / REPORT, [dataclasses.asdict(row) for row in rows])
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    first = rows[0].evaluation
+    title = f"MXFP4 weights and activations; {first.windows} windows of {first.window} tokens of held-out Wikipedia"
+    result = Table(title=title)
+    for column in ("recipe", "perplexity", "KL to full precision", "top-1 agreement", "size", "seconds"):
+        result.add_column(column)
+    for row in rows:
+        e = row.evaluation
+        assert e.kl is not None and e.top1_agreement is not None
+        kl = f"{e.kl.mean:.4f} ({e.kl.low:.4f}–{e.kl.high:.4f})"
+        figures = (f"{e.perplexity.mean:.2f}", kl, f"{e.top1_agreement.mean:.1%}", f"{e.size_bytes / 2**20:.2f} MiB")
+        result.add_row(row.recipe, *figures, f"{row.seconds:.0f}")
+    return result

@@ -1,0 +1,192 @@
+"""Maps and quantizers on a live model: Hugging Face's own forward runs, only its linears and their inputs are changed.
+
+A linear that reads basis S and writes basis T computes, with column vectors,
+
+    y = T ∘ (W, b) ∘ S⁻¹  =  (A_T W A_S⁻¹) x + A_T (b − W A_S⁻¹ v_S) + v_T
+
+(v_T is left out for a writer of the residual stream: the embedding has put it there already). `moved` is that one
+formula; attached linears evaluate it in every forward, so that gradients reach the maps, `fold` evaluates it once in
+float64. Replacing a linear by a module that holds it, instead of parametrizing its weight and bias tensors one by one,
+keeps the formula whole and leaves nothing behind: afterwards a plain linear stands in its place.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from latmix.archs import Arch
+from latmix.errors import LatmixError
+from latmix.model.inputs import QuantizedInputs, quantize_inputs
+from latmix.model.maps import Maps
+from latmix.model.parts import layers, linear
+from latmix.numerics import BlockFormat, fake_quant
+from latmix.transforms import Compose, Repeat, Transform
+
+
+def moved(
+    weight: Float[Tensor, "out n"],
+    bias: Float[Tensor, " out"] | None,
+    source: Transform | None,
+    target: Transform | None,
+    *,
+    stream: bool,
+) -> tuple[Float[Tensor, "out n"], Float[Tensor, " out"] | None]:
+    """Weight and bias of the linear after the changes of basis. Cost: out·n² + n·out² multiplications.
+
+    `stream`: the target is the residual stream, whose shift is not this writer's to add.
+    """
+    if source is not None:
+        weight = source.transposed_solve(weight)
+        if source.shift is not None:
+            back = weight @ source.shift
+            bias = -back if bias is None else bias - back
+    if target is not None:
+        weight = target.linear(weight.T).T
+        bias = None if bias is None else target.linear(bias)
+        if target.shift is not None and not stream:
+            bias = target.shift if bias is None else bias + target.shift
+    return weight, bias
+
+
+class MovedLinear(nn.Module):
+    """A linear between two changed bases, differentiable in the maps. It borrows the maps (`Maps` owns them)."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        source: Transform | None,
+        target: Transform | None,
+        *,
+        stream: bool,
+        format: BlockFormat | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear, self.stream, self.format = linear, stream, format
+        self._maps = (source, target)  # in a tuple: not submodules of this linear
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch out"]:
+        weight, bias = moved(self.linear.weight, self.linear.bias, *self._maps, stream=self.stream)
+        if self.format is not None:
+            weight = fake_quant(weight, self.format)
+        return F.linear(x, weight, bias)
+
+    def fold(self, source: Transform | None, target: Transform | None) -> nn.Linear:
+        """The plain linear under these maps (float64 copies of the attached ones), cast back once."""
+        return _folded(self.linear, source, target, stream=self.stream)
+
+
+class MovedHead(nn.Module):
+    """The head reads the stream: the inverse map acts on activations, which costs less than on a large vocabulary."""
+
+    def __init__(self, linear: nn.Linear, source: Transform) -> None:
+        super().__init__()
+        self.linear = linear
+        self._source = (source,)
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch vocabulary"]:
+        out: Tensor = self.linear(self._source[0].inverse(x))
+        return out
+
+    def fold(self, source: Transform) -> nn.Linear:
+        return _folded(self.linear, source, None, stream=False)
+
+
+class MovedEmbedding(nn.Module):
+    """The embedding writes the stream, shift included."""
+
+    def __init__(self, embedding: nn.Embedding, target: Transform) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self._target = (target,)
+
+    def forward(self, ids: Tensor) -> Float[Tensor, "*batch n"]:
+        out: Tensor = self._target[0](self.embedding(ids))
+        return out
+
+    def fold(self, target: Transform) -> nn.Embedding:
+        table = self.embedding.weight
+        moved_table: nn.Embedding = nn.Embedding.from_pretrained(target(table.double()).to(table.dtype))
+        return moved_table
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with maps in its linears and quantizers on its inputs."""
+
+    model: PreTrainedModel
+    arch: Arch
+    maps: Maps
+    inputs: QuantizedInputs
+
+
+def attach(
+    model: PreTrainedModel,
+    arch: Arch,
+    maps: Maps,
+    activations: BlockFormat | None = None,
+    weights: BlockFormat | None = None,
+) -> Attached:
+    """Put maps, activation quantizers and (optionally) weight fake quantization on `model`, in place.
+
+    The model's norm gains must have been absorbed (`latmix.model.fold.absorb_gains`).
+    Raises: LatmixError: a map's size does not fit its place.
+    """
+    heads = model.config.num_key_value_heads
+    for index, layer in enumerate(layers(model, arch)):
+        for name in arch.linears:
+            source, target = linear_maps(arch, maps, layer, name, index, heads)
+            if source is not None or target is not None or weights is not None:
+                writes = arch.target(name)
+                stream = writes is not None and writes.stream
+                layer.set_submodule(
+                    name, MovedLinear(linear(layer, name), source, target, stream=stream, format=weights)
+                )
+    for site in arch.sites:
+        if site.stream and (stream_map := maps.folded(site.name, 0)) is not None:
+            embedding = model.get_submodule(arch.embedding)
+            assert isinstance(embedding, nn.Embedding)
+            model.set_submodule(arch.embedding, MovedEmbedding(embedding, stream_map))
+            model.set_submodule(arch.head, MovedHead(linear(model, arch.head), stream_map))
+    return Attached(model, arch, maps, quantize_inputs(model, arch, maps, activations))
+
+
+def linear_maps(
+    arch: Arch, maps: Maps, layer: nn.Module, name: str, index: int, heads: int
+) -> tuple[Transform | None, Transform | None]:
+    """(source, target) of one linear. The source includes the online transform of its input, which acts last.
+
+    heads: number of KV heads, shared out over the queries where the linear is wider than its map.
+    Raises: LatmixError: a map's size does not fit the linear.
+    """
+    found = layer.get_submodule(name)
+    plain = found.linear if isinstance(found, MovedLinear) else linear(layer, name)
+    reads, writes = arch.source(name), arch.target(name)
+    source = maps.folded(reads.name, index) if reads else None
+    target = maps.folded(writes.name, index) if writes else None
+    if source is not None and plain.in_features != source.size and plain.in_features % source.size == 0:
+        source = Repeat(source, plain.in_features // source.size, heads)
+    spot = next(spot for spot in arch.inputs if name in spot.readers)
+    if (online := maps.online(spot.name, index)) is not None:
+        source = online if source is None else Compose([source, online])
+    for map, width in ((source, plain.in_features), (target, plain.out_features)):
+        if map is not None and map.size != width:
+            raise LatmixError(f"The map at '{name}' has size {map.size}, the linear {width}.")
+    return source, target
+
+
+def _folded(old: nn.Linear, source: Transform | None, target: Transform | None, *, stream: bool) -> nn.Linear:
+    old_bias = None if old.bias is None else old.bias.double()
+    weight, bias = moved(old.weight.double(), old_bias, source, target, stream=stream)
+    return plain_linear(weight.to(old.weight.dtype), None if bias is None else bias.to(old.weight.dtype))
+
+
+def plain_linear(weight: Float[Tensor, "out n"], bias: Float[Tensor, " out"] | None) -> nn.Linear:
+    """A frozen nn.Linear that holds these tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear

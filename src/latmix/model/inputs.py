@@ -1,0 +1,80 @@
+"""Activations on their way into linears: the online transform, then fake quantization, once per activation.
+
+The quantizer stands where the activation is made (the norm that q, k and v read, say), not at each of its readers: one
+rounding for all of them, and the same values the readers would have seen.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from latmix.archs import Arch, Input
+from latmix.model.maps import Maps
+from latmix.model.parts import layers
+from latmix.numerics import BlockFormat, fake_quant
+from latmix.transforms import Transform
+
+
+class InputQuantizer:
+    """What happens to an activation on its way into its readers: the online transform, then fake quantization."""
+
+    def __init__(self, format: BlockFormat | None, online: Transform | None) -> None:
+        self.format, self.online, self.active = format, online, True
+
+    def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        if self.online is not None:
+            x = self.online(x)
+        return fake_quant(x, self.format) if self.format is not None and self.active else x
+
+
+@dataclass(frozen=True)
+class QuantizedInputs:
+    """All quantizers on a model."""
+
+    quantizers: tuple[InputQuantizer, ...]
+    hooks: tuple[RemovableHandle, ...]
+
+    @contextmanager
+    def unquantized(self) -> Iterator[None]:
+        """Within, activations pass unrounded (online transforms stay): what the maps alone do to the model."""
+        for quantizer in self.quantizers:
+            quantizer.active = False
+        try:
+            yield
+        finally:
+            for quantizer in self.quantizers:
+                quantizer.active = True
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def quantize_inputs(model: nn.Module, arch: Arch, maps: Maps, format: BlockFormat | None) -> QuantizedInputs:
+    """Hook an `InputQuantizer` onto every input of every layer; `format` None leaves only the online transforms."""
+    quantizers, hooks = [], []
+    for index, layer in enumerate(layers(model, arch)):
+        for spot in arch.inputs:
+            quantizers.append(InputQuantizer(format, maps.online(spot.name, index)))
+            hooks.append(watch(layer, spot, quantizers[-1]))
+    return QuantizedInputs(tuple(quantizers), tuple(hooks))
+
+
+def watch(layer: nn.Module, spot: Input, act: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Pass `spot`'s activation through `act`: once at the norm that makes it, else at its only reader."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (act(args[0]), *args[1:])
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return act(output)
+
+    if spot.norm is not None:
+        return layer.get_submodule(spot.norm).register_forward_hook(after)
+    (reader,) = spot.readers
+    return layer.get_submodule(reader).register_forward_pre_hook(before)

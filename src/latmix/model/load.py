@@ -1,0 +1,118 @@
+"""A Hugging Face folder → a model, its family's declaration and its tokenizer, or one sentence that says what is wrong.
+
+Everything is checked before anything long begins: the folder, the architecture, the shards, the numbers. Weights
+load in float32; remote code is never run. Given up: downloads (pass a local folder).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from latmix.archs import ARCHS, Arch
+from latmix.errors import LatmixError
+from latmix.rundir import read_json
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A causal language model in float32 and evaluation mode, with what latmix knows of its family."""
+
+    model: transformers.PreTrainedModel
+    arch: Arch
+    tokenizer: transformers.PreTrainedTokenizerBase
+    path: Path
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(path: Path | str) -> Loaded:
+    """Raises: LatmixError: no such folder, no or broken config, unknown architecture, missing, truncated or non-finite
+    weights, no tokenizer."""
+    path = Path(path)
+    arch = read_arch(path)
+    check_shards(path)
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise LatmixError(f"The checkpoint in '{path}' cannot be loaded: {error}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise LatmixError(f"The checkpoint in '{path}' lacks {len(missing)} tensors, among them '{missing[0]}'.")
+    check_finite(model, path)
+    return Loaded(model.to(pick_device()).eval().requires_grad_(False), arch, load_tokenizer(path), path)
+
+
+def read_arch(path: Path) -> Arch:
+    """Raises: LatmixError: no folder, no config, or a family that is not declared."""
+    if not path.is_dir():
+        raise LatmixError(f"The model '{path}' is not a folder; give a local Hugging Face checkpoint folder.")
+    config = read_json(path / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise LatmixError(f"'{path / 'config.json'}' names no model_type; known architectures: {', '.join(ARCHS)}.")
+    return ARCHS[kind]
+
+
+def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
+    """Raises: LatmixError: no tokenizer that transformers can load."""
+    bare = (path / "tokenizer.model").is_file() and not (path / "tokenizer_config.json").is_file()
+    # Of a bare SentencePiece file AutoTokenizer makes a generic tokenizer, which drops the space before a first word.
+    kind = transformers.LlamaTokenizer if bare else transformers.AutoTokenizer
+    try:
+        tokenizer = kind.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise LatmixError(f"No tokenizer could be loaded from '{path}': {error}") from error
+    return tokenizer
+
+
+def check_shards(path: Path) -> None:
+    """Every safetensors file the folder promises is there, as long as its header says."""
+    index = path / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        mapping = read_json(index).get("weight_map")
+        if not isinstance(mapping, dict) or not mapping:
+            raise LatmixError(f"'{index}' has no weight_map.")
+        names = set(mapping.values())
+    for name in sorted(names):
+        shard = path / name
+        if Path(name).name != name:
+            raise LatmixError(f"'{index}' names the shard '{name}' outside its folder.")
+        if not shard.is_file():
+            raise LatmixError(f"The checkpoint in '{path}' is incomplete: '{name}' is missing (safetensors only).")
+        if shard.stat().st_size != (needed := _promised_size(shard)):
+            raise LatmixError(f"'{shard}' is cut short or damaged: {shard.stat().st_size} bytes of {needed}.")
+
+
+def _promised_size(shard: Path) -> int:
+    with shard.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        if not 0 < header <= shard.stat().st_size - 8:
+            raise LatmixError(f"'{shard}' is cut short or is no safetensors file.")
+        try:
+            tensors = json.loads(file.read(header))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise LatmixError(f"'{shard}' has a damaged safetensors header: {error}.") from error
+    return 8 + header + max(ends, default=0)
+
+
+def check_finite(model: nn.Module, path: Path) -> None:
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise LatmixError(f"The tensor '{name}' in '{path}' holds NaN or infinity.")

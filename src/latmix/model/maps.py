@@ -1,0 +1,119 @@
+"""The maps of one run: which transform stands where, built from a recipe, owned in one place, saved in one file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedConfig
+
+from latmix.archs import Arch
+from latmix.errors import LatmixError
+from latmix.registry import parse_spec
+from latmix.transforms import TRANSFORMS, Affine, Block, Transform
+
+
+class Maps(nn.Module):
+    """Transforms by place. `folded("residual", 3)` is the map whose basis layer 3 lives in; a map of the stream is the
+    same object in every layer. `online("down", 3)` is applied to that layer's activation at run time.
+
+    The linears that use a map borrow it; it is a parameter of this module alone.
+    """
+
+    def __init__(self, folded: Mapping[str, Transform], online: Mapping[str, Transform]) -> None:
+        super().__init__()
+        self._folded = nn.ModuleDict(folded)
+        self._online = nn.ModuleDict(online)
+
+    def folded(self, site: str, layer: int) -> Transform | None:
+        return self._find(self._folded, site, layer)
+
+    def online(self, spot: str, layer: int) -> Transform | None:
+        return self._find(self._online, spot, layer)
+
+    @staticmethod
+    def _find(maps: nn.ModuleDict, name: str, layer: int) -> Transform | None:
+        for key in (name, f"{name}/{layer}"):
+            if key in maps:
+                found = maps[key]
+                assert isinstance(found, Transform)
+                return found
+        return None
+
+    def each(self) -> Mapping[str, Transform]:
+        """Every map by a printable name."""
+        pairs = [*self._folded.items(), *((f"online {key}", value) for key, value in self._online.items())]
+        return {key: value for key, value in pairs if isinstance(value, Transform)}
+
+    def learned(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def save(self, path: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
+
+    def restore(self, path: Path) -> None:
+        self.load_state_dict(load_file(path))
+
+
+def build_transform(spec: str, size: int, block: int, seed: int) -> Transform:
+    """`"lu:init=identity"` → a transform of that size; `init` is block-hadamard unless given, `block` the format's.
+
+    Raises: LatmixError: unknown transform, init or property.
+    """
+    name, properties = parse_spec(spec)
+    init = properties.pop("init", "block-hadamard")
+    width = properties.pop("block", str(block))
+    if properties:
+        raise LatmixError(f"Transform '{spec}' has no property '{next(iter(properties))}'; known: init, block.")
+    if not width.isdecimal():
+        raise LatmixError(f"Transform '{spec}': block takes a whole number, not '{width}'.")
+    return TRANSFORMS[name](size, init, int(width), seed)
+
+
+def build_maps(
+    arch: Arch,
+    config: PreTrainedConfig,
+    folded: Mapping[str, str],
+    online: Mapping[str, str],
+    *,
+    shift: bool,
+    block: int,
+    seed: int,
+) -> Maps:
+    """One map per site (per layer and KV head where the site is a layer's own), with a learned shift on request.
+
+    Raises: LatmixError: a site or input that the architecture does not have.
+    """
+    heads = config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    in_place: dict[str, Transform] = {}
+    for name, spec in folded.items():
+        if arch.site(name).stream:
+            in_place[name] = build_transform(spec, config.hidden_size, block, seed)
+            continue
+        for layer in range(config.num_hidden_layers):
+            parts = [build_transform(spec, width, block, seed + 1000 * layer + head) for head in range(heads)]
+            in_place[f"{name}/{layer}"] = Block(parts)
+    if shift:
+        in_place = {key: Affine(value) if list(value.parameters()) else value for key, value in in_place.items()}
+    at_run: dict[str, Transform] = {}
+    for name, spec in online.items():
+        arch.input(name)
+        size = {"down": config.intermediate_size, "o": config.num_attention_heads * width}.get(name, config.hidden_size)
+        at_run[name] = build_transform(spec, size, block, seed)
+        if not at_run[name].orthogonal:
+            raise LatmixError(f"The online transform '{spec}' at '{name}' is not orthogonal; choose a Hadamard.")
+    maps = Maps(in_place, at_run)
+    for key in at_run:
+        maps.online(key, 0).requires_grad_(False)  # type: ignore[union-attr]
+    return maps
+
+
+def reports(maps: Maps) -> dict[str, dict[str, float]]:
+    """Condition number and log-determinant of every map. Cost: one SVD of each map."""
+    with torch.no_grad():
+        return {
+            name: {"condition": float(map.condition()), "logabsdet": float(map.logabsdet())}
+            for name, map in maps.each().items()
+        }

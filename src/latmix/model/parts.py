@@ -1,0 +1,19 @@
+"""The parts of a live model that an `Arch` names, with their types."""
+
+from torch import nn
+
+from latmix.archs import Arch
+from latmix.errors import LatmixError
+
+
+def layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
+    """The decoder layers in order."""
+    return list(model.get_submodule(arch.layers).children())
+
+
+def linear(owner: nn.Module, path: str) -> nn.Linear:
+    """Raises: LatmixError: something else stands there."""
+    found = owner.get_submodule(path)
+    if not isinstance(found, nn.Linear):
+        raise LatmixError(f"'{path}' is a {type(found).__name__}, not a linear; is something attached already?")
+    return found

@@ -1,0 +1,19 @@
+"""Before anything imports latmix: its shape annotations are executed, and OpenMP waits without spinning."""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+install_import_hook("latmix", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The data beside the repository, which a fresh clone does not have."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no ../shared/data beside the repository")
+    return path

@@ -1,0 +1,28 @@
+"""Tiny random models of every declared family, with random norm gains and biases: identities would hide mistakes."""
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from latmix.archs import ARCHS
+
+
+def tiny(name: str, *, tied: bool = False, seed: int = 0, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    options = {**ARCHS[name].tiny, "tie_word_embeddings": tied, **changes}
+    config = transformers.AutoConfig.for_model(name, **options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # gains and biases
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + 1.0)
+        else:
+            parameter.mul_(3.0)  # logits that are not all alike
+    return model
+
+
+def perturb(module: torch.nn.Module, scale: float, seed: int = 1) -> None:
+    """Random parameters, away from every initial point."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.data.add_(scale * noise / parameter.shape[-1] ** 0.5)
