@@ -212,7 +212,7 @@ def _learn(
 
 def _float_change(reference: PreTrainedModel, attached: Attached, held_out: Int[Tensor, "held_out window"]) -> float:
     """KL of the model under the maps, nothing rounded: what an inexact map costs by itself."""
-    with attached.inputs.unquantized():
+    with attached.unquantized():
         return mean_divergence(reference, attached, held_out)
 
 

@@ -113,7 +113,7 @@ def test_everything_at_once_attached_equals_folded_quantized() -> None:
     perturb(maps, 0.3)
     attached = attach(model, arch, maps, format)
     after = logits(model)
-    with attached.inputs.unquantized():
+    with attached.unquantized():
         assert far(logits(model), after) > 1e-3
     fold(attached, format)
     # the same roundings almost everywhere: a tie may fall the other way

@@ -10,6 +10,8 @@ float64. Replacing a linear by a module that holds it, instead of parametrizing 
 keeps the formula whole and leaves nothing behind: afterwards a plain linear stands in its place.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -19,10 +21,10 @@ from transformers import PreTrainedModel
 
 from latmix.archs import Arch
 from latmix.errors import LatmixError
-from latmix.model.inputs import QuantizedInputs, quantize_inputs
+from latmix.model.inputs import InputQuantizer, QuantizedInputs, quantize_inputs
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear
-from latmix.numerics import BlockFormat, fake_quant
+from latmix.numerics import BlockFormat, fake_quant_with_scale_gradient
 from latmix.transforms import Compose, Repeat, Transform
 
 
@@ -64,13 +66,13 @@ class MovedLinear(nn.Module):
         format: BlockFormat | None = None,
     ) -> None:
         super().__init__()
-        self.linear, self.stream, self.format = linear, stream, format
+        self.linear, self.stream, self.format, self.active = linear, stream, format, True
         self._maps = (source, target)  # in a tuple: not submodules of this linear
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch out"]:
         weight, bias = moved(self.linear.weight, self.linear.bias, *self._maps, stream=self.stream)
-        if self.format is not None:
-            weight = fake_quant(weight, self.format)
+        if self.format is not None and self.active:
+            weight = fake_quant_with_scale_gradient(weight, self.format)
         return F.linear(x, weight, bias)
 
     def fold(self, source: Transform | None, target: Transform | None) -> nn.Linear:
@@ -120,6 +122,19 @@ class Attached:
     arch: Arch
     maps: Maps
     inputs: QuantizedInputs
+
+    @contextmanager
+    def unquantized(self) -> Iterator[None]:
+        """Within, neither activations nor weights are rounded: what the maps alone do to the model."""
+        linears = [module for module in self.model.modules() if isinstance(module, MovedLinear)]
+        quantizers: list[InputQuantizer | MovedLinear] = [*self.inputs.quantizers, *linears]
+        for quantizer in quantizers:
+            quantizer.active = False
+        try:
+            yield
+        finally:
+            for quantizer in quantizers:
+                quantizer.active = True
 
 
 def attach(

@@ -4,8 +4,7 @@ The quantizer stands where the activation is made (the norm that q, k and v read
 rounding for all of them, and the same values the readers would have seen.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from latmix.archs import Arch, Input
 from latmix.model.maps import Maps
 from latmix.model.parts import layers
-from latmix.numerics import BlockFormat, fake_quant
+from latmix.numerics import BlockFormat, fake_quant_with_scale_gradient
 from latmix.transforms import Transform
 
 
@@ -29,7 +28,7 @@ class InputQuantizer:
     def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         if self.online is not None:
             x = self.online(x)
-        return fake_quant(x, self.format) if self.format is not None and self.active else x
+        return fake_quant_with_scale_gradient(x, self.format) if self.format is not None and self.active else x
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,6 @@ class QuantizedInputs:
 
     quantizers: tuple[InputQuantizer, ...]
     hooks: tuple[RemovableHandle, ...]
-
-    @contextmanager
-    def unquantized(self) -> Iterator[None]:
-        """Within, activations pass unrounded (online transforms stay): what the maps alone do to the model."""
-        for quantizer in self.quantizers:
-            quantizer.active = False
-        try:
-            yield
-        finally:
-            for quantizer in self.quantizers:
-                quantizer.active = True
 
     def remove(self) -> None:
         for hook in self.hooks:

@@ -1,7 +1,7 @@
 """Block formats: what they are, how a block's scale is chosen, fake quantization, and codes."""
 
 from latmix.numerics.codes import Quantized, decode, encode, pack, unpack
-from latmix.numerics.fakequant import fake_quant, quantize_with_scales
+from latmix.numerics.fakequant import fake_quant, fake_quant_with_scale_gradient, quantize_with_scales
 from latmix.numerics.formats import ELEMENTS, FORMATS, ROUNDINGS, SCALE_RULES, BlockFormat, Element, parse_format
 from latmix.numerics.rounding import round_to_element
 from latmix.numerics.scales import choose_scales, choose_tensor_scale, decode_scales, encode_scales
@@ -21,6 +21,7 @@ __all__ = [
     "encode",
     "encode_scales",
     "fake_quant",
+    "fake_quant_with_scale_gradient",
     "pack",
     "parse_format",
     "quantize_with_scales",

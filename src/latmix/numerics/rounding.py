@@ -5,7 +5,7 @@ to an integer, multiply back. Division by a power of two is exact, and the expon
 logarithm (log2 of the float just under 8 is 3.0). What is left is one rounding, the intended one.
 
 The passes work in place on one temporary, which in memory-bound eager code is worth a factor of two. Given up: adding
-and subtracting 1.5 * 2^23 spacings rounds too, and saves two passes (a fifth of the time of `fake_quant`), but it loses
+and subtracting 1.5 * 2^23 spacings rounds too, and saves two passes (a quarter of the time of fake_quant), but loses
 the sign of zero and knows no "away". Subnormal floats are used as such: do not flush them (torch.set_flush_denormal).
 """
 

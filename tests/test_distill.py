@@ -1,0 +1,89 @@
+"""Learning: the loss is the divergence it says, learning lowers it, and the same seed gives the same bits."""
+
+import math
+
+import pytest
+import torch
+
+from latmix.archs import ARCHS
+from latmix.distill import Step, divergence, learn, learning_rate, mean_divergence, volume
+from latmix.errors import LatmixError
+from latmix.model.attach import Attached, attach
+from latmix.model.checkpoint import share
+from latmix.model.fold import absorb_gains
+from latmix.model.maps import build_maps
+from latmix.numerics import parse_format
+from latmix.recipe import Learning
+from tests.models import perturb, tiny
+
+WINDOWS = torch.randint(96, (12, 24), generator=torch.Generator().manual_seed(0))
+
+
+def student_of(teacher, spec: str, *, weights: bool = False) -> Attached:
+    arch, format = ARCHS["llama"], parse_format("mxfp4:scale=even")
+    folded, online = {"residual": spec, "values": spec}, {"down": "block-hadamard"}
+    maps = build_maps(arch, teacher.config, folded, online, shift=True, block=32, seed=0)
+    return attach(share(teacher), arch, maps, format, format if weights else None)
+
+
+def teacher():
+    """With outlier channels on the stream: something that a map can learn to spread."""
+    model = tiny("llama")
+    model.get_submodule("model.embed_tokens").weight[:, ::24] *= 30
+    absorb_gains(model, ARCHS["llama"])
+    return model
+
+
+def run(spec: str, learning: Learning, *, weights: bool = False) -> tuple[Attached, list[Step]]:
+    model = teacher()
+    attached, curve = student_of(model, spec, weights=weights), []
+    learn(attached, model, WINDOWS[:8], WINDOWS[8:], learning, 0, curve.append)
+    return attached, curve
+
+
+def test_divergence_is_kl_and_top_k_of_everything_changes_nothing() -> None:
+    p, q = torch.randn(2, 3, 5, 11)
+    reference = torch.nn.functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none")
+    torch.testing.assert_close(divergence(p, q), reference.sum(-1))
+    torch.testing.assert_close(divergence(p, q, top_k=11), reference.sum(-1))
+    few = divergence(p, q, top_k=3)
+    top, where = p.topk(3)
+    torch.testing.assert_close(few, divergence(top, q.gather(-1, where)))
+
+
+def test_schedule_warms_up_and_falls_to_a_tenth() -> None:
+    learning = Learning(steps=100, lr=1.0)
+    rates = [learning_rate(step, learning) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2) and rates[4] == 1.0 and rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+@pytest.mark.parametrize("spec", ["lu:init=identity", "qr:init=identity", "rotation:init=identity"])
+@pytest.mark.parametrize("weights", [False, True])
+def test_learning_lowers_the_divergence_and_keeps_the_best_step(spec: str, weights: bool) -> None:
+    attached, curve = run(spec, Learning(steps=30, batch=4, evaluate_every=5, lr=2e-3), weights=weights)
+    measured = [step.held_out for step in curve if step.held_out is not None]
+    assert min(measured) < 0.95 * measured[0]
+    assert mean_divergence(teacher(), attached, WINDOWS[8:]) == pytest.approx(min(measured), rel=1e-4)
+
+
+def test_same_seed_same_bits_and_accumulation_or_checkpointing_change_little() -> None:
+    plain = Learning(steps=4, batch=4, evaluate_every=4)
+    first, second = run("lu", plain)[0], run("lu", plain)[0]
+    for a, b in zip(first.maps.parameters(), second.maps.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for changed in (Learning(steps=1, batch=4, accumulation=2), Learning(steps=1, batch=4, checkpointing=True)):
+        loss, other = run("lu", Learning(steps=1, batch=4))[1][1].loss, run("lu", changed)[1][1].loss
+        assert other == pytest.approx(loss, rel=1e-4)
+
+
+def test_volume_is_zero_for_rotations_and_grows_with_scale() -> None:
+    attached = student_of(teacher(), "lu")
+    assert volume(attached.maps).item() == pytest.approx(0.0, abs=1e-6)
+    perturb(attached.maps, 1.0)
+    assert volume(attached.maps).item() > 1e-3
+
+
+def test_divergence_of_the_loss_is_reported() -> None:
+    with pytest.raises(LatmixError, match="diverged at step"):
+        run("lu", Learning(steps=40, batch=4, lr=math.inf))
