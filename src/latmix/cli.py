@@ -74,6 +74,10 @@ def quantize(
         estimate = scores[name]
         table.add_row(name, f"{estimate['mean']:.4f}", f"{estimate['low']:.4f} – {estimate['high']:.4f}")
     rich.print(table)
+    change = run.summary["float_change_kl"]
+    print(
+        f"The maps alone, nothing rounded, cost KL {change['before']:.4f} before learning and {change['after']:.4f} after."
+    )
     print(f"{run.summary['size']['bits_per_weight']:.2f} bits per quantized weight; the run is in {run.path}")
 
 

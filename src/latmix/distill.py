@@ -100,7 +100,7 @@ def learn(
     for step in range(1, learning.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, learning)
-        loss = _step(attached, teacher, windows[order[step - 1]].to(teacher.device), learning)
+        loss = accumulate(attached, teacher, windows[order[step - 1]].to(teacher.device), learning)
         if not math.isfinite(loss):
             raise LatmixError(f"Learning diverged at step {step} (loss {loss}); choose a smaller learning.lr.")
         optimizer.step()
@@ -123,7 +123,9 @@ def _order(count: int, learning: Learning, seed: int) -> Int[Tensor, "steps batc
     return torch.cat(passes)[:needed].view(learning.steps, learning.batch)
 
 
-def _step(attached: Attached, teacher: PreTrainedModel, ids: Int[Tensor, "batch window"], learning: Learning) -> float:
+def accumulate(
+    attached: Attached, teacher: PreTrainedModel, ids: Int[Tensor, "batch window"], learning: Learning
+) -> float:
     """Accumulate the gradient of one step; returns its KL loss."""
     total = 0.0
     parts = ids.chunk(learning.accumulation)

@@ -114,6 +114,7 @@ def quantize(
             scores = score(student, held_out, loaded.model)
         size = size_of(folder, sum(q.codes.numel() for q in quantized.values()))
         summary = {
+            "recipe": recipe.digest,
             "held_out": dataclasses.asdict(scores),
             "size": dataclasses.asdict(size),
             "float_change_kl": float_change,

@@ -30,7 +30,7 @@ class Calibration:
 
     windows: int = 256
     held_out: int = 16
-    window: int = 2048
+    window: int = 512
     separator: str | None = None
 
 
