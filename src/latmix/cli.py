@@ -3,9 +3,10 @@
 import dataclasses
 import inspect
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import rich
 import typer
@@ -66,18 +67,9 @@ def quantize(
     """Learn transformations, fold them, quantize the weights, and measure the result on held-out calibration text."""
     with TerminalProgress() as progress:
         run = latmix.quantize(model, out, recipe, calibration, seed, _settings(set_ or []), progress)
-    scores = run.summary["held_out"]
-    table = Table(title=f"{run.recipe.name} on held-out calibration text")
-    for column in ("measure", "mean", "95 % interval"):
-        table.add_column(column)
-    for name in ("perplexity", "kl", "top1_agreement"):
-        estimate = scores[name]
-        table.add_row(name, f"{estimate['mean']:.4f}", f"{estimate['low']:.4f} – {estimate['high']:.4f}")
-    rich.print(table)
+    rich.print(_table(f"{run.recipe.name} on held-out calibration text", run.summary["held_out"]))
     change = run.summary["float_change_kl"]
-    print(
-        f"The maps alone, nothing rounded, cost KL {change['before']:.4f} before learning and {change['after']:.4f} after."
-    )
+    print(f"Maps alone, nothing rounded: KL {change['before']:.4f} before learning, {change['after']:.4f} after")
     print(f"{run.summary['size']['bits_per_weight']:.2f} bits per quantized weight; the run is in {run.path}")
 
 
@@ -98,13 +90,8 @@ def evaluate(
     values = dataclasses.asdict(result)
     if json is not None:
         rundir.write_json(json, values)
-    table = Table(title=f"{target} on {result.windows} windows of {result.window} tokens from {text}")
-    for column in ("measure", "mean", "95 % interval"):
-        table.add_column(column)
-    for name in ("perplexity", "kl", "top1_agreement"):
-        if (estimate := values[name]) is not None:
-            table.add_row(name, f"{estimate['mean']:.4f}", f"{estimate['low']:.4f} – {estimate['high']:.4f}")
-    rich.print(table)
+    title = f"{target} on {result.windows} windows of {result.window} tokens from {text}"
+    rich.print(_table(title, values))
     bits = "" if result.bits_per_weight is None else f", {result.bits_per_weight:.2f} bits per quantized weight"
     print(f"{result.size_bytes:,} bytes of tensors on disk{bits}")
 
@@ -125,6 +112,14 @@ def list_command(
         for name, text in rows[section]:
             table.add_row(name, text.partition("\n")[0])
         rich.print(table)
+
+
+def _table(title: str, scores: Mapping[str, Any]) -> Table:
+    table = Table("measure", "mean", "95 % interval", title=title)
+    for name in ("perplexity", "kl", "top1_agreement"):
+        if (estimate := scores[name]) is not None:
+            table.add_row(name, f"{estimate['mean']:.4f}", f"{estimate['low']:.4f} – {estimate['high']:.4f}")
+    return table
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:

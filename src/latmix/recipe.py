@@ -57,7 +57,7 @@ class Learning:
     accumulation: int = 1
     volume: float = 0.01
     top_k: int | None = None
-    weights: bool = False
+    weights: bool = True
     checkpointing: bool = False
     evaluate_every: int = 20
 
