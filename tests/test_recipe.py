@@ -51,6 +51,10 @@ def test_learning_can_be_switched_on_and_off() -> None:
         ("learning.steps", "many", "Recipe key 'learning.steps' takes int, not 'many'"),
         ("learning.steps", "1.5", "takes int, not 1.5"),
         ("shift", "1", "Recipe key 'shift' takes bool, not 1"),
+        ("calibration.windows", "0", "'calibration.windows' is 0; it must be at least 1"),
+        ("learning.lr", "NaN", "'learning.lr' is nan; it must be at least 0"),
+        ("learning.accumulation", "9", "'learning.accumulation' is 9, above learning.batch"),
+        ("learning.top_k", "1", "'learning.top_k' is 1; it must be at least 2"),
         ("folded", "lu", "Recipe key 'folded' takes"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import rich
+import transformers
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -17,7 +18,7 @@ from rich.table import Table
 import latmix
 from latmix import archs, demo, recipes, rundir, transforms
 from latmix.errors import LatmixError
-from latmix.numerics import FORMATS
+from latmix.numerics import FORMATS, SCALE_RULES, BlockFormat
 from latmix.progress import Progress
 
 app = typer.Typer(
@@ -30,7 +31,6 @@ app = typer.Typer(
 )
 
 Model = Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint folder.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 
 class Kind(StrEnum):
@@ -43,7 +43,7 @@ class Kind(StrEnum):
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("latmix-demo"),
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
 ) -> None:
     """Quantize the model that ships with latmix by four recipes and compare them. No downloads; some three minutes."""
     with TerminalProgress() as progress:
@@ -57,8 +57,12 @@ def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="New run directory.")],
     recipe: Annotated[str, typer.Option(help="A preset (latmix list recipes) or a JSON file.")] = "latmix-lu",
-    calibration: Annotated[Path | None, typer.Option(help="Text to learn from [default: the embedded one].")] = None,
-    seed: Seed = 0,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to learn from; Wikipedia text of the package unless given.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of every random choice; the recipe's own unless given.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value; any recipe key, such as learning.steps=100. Repeatable."),
@@ -79,9 +83,11 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="Text to measure on.")],
     reference: Annotated[Path | None, typer.Option(help="The unquantized model, for KL and agreement.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens in a window [default: 2048 or the model's limit].")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens in a window; 2048 or the model's limit unless given.")
+    ] = None,
     separator: Annotated[
-        str | None, typer.Option(help=r"Between documents, \n for newline [default: one document].")
+        str | None, typer.Option(help=r"What stands between documents (\n is a newline); one document unless given.")
     ] = None,
 ) -> None:
     """Perplexity of a model or run; with --reference also KL and top-1 agreement. Intervals: bootstrap over windows."""
@@ -98,12 +104,12 @@ def evaluate(
 
 @app.command("list")
 def list_command(
-    kind: Annotated[Kind | None, typer.Argument(help="What to list [default: everything].")] = None,
+    kind: Annotated[Kind | None, typer.Argument(help="What to list; everything unless given.")] = None,
 ) -> None:
     """List what latmix knows by name."""
     rows = {
         Kind.recipes: [(name, inspect.getdoc(make) or "") for name, make in recipes.RECIPES.items()],
-        Kind.formats: [(name, f"{format.bits_per_element:g} bits per element") for name, format in FORMATS.items()],
+        Kind.formats: [(name, _about(format)) for name, format in FORMATS.items()],
         Kind.transforms: [(name, inspect.getdoc(make) or "") for name, make in transforms.TRANSFORMS.items()],
         Kind.architectures: [(name, arch.causal_lm) for name, arch in archs.ARCHS.items()],
     }
@@ -120,6 +126,11 @@ def _table(title: str, scores: Mapping[str, Any]) -> Table:
         if (estimate := scores[name]) is not None:
             table.add_row(name, f"{estimate['mean']:.4f}", f"{estimate['low']:.4f} – {estimate['high']:.4f}")
     return table
+
+
+def _about(format: BlockFormat) -> str:
+    rules = "|".join(SCALE_RULES[format.scale_element])
+    return f"{format.bits_per_element:g} bits per element; :block={format.block},scale={rules},rounding=even|away"
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:
@@ -162,6 +173,7 @@ class TerminalProgress(Progress):
 
 def main() -> None:
     """Exit codes: 0 done, 2 bad input or usage, 130 interrupted."""
+    transformers.utils.logging.disable_progress_bar()  # ours is the only bar
     try:
         app()
     except LatmixError as error:

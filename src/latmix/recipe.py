@@ -17,6 +17,12 @@ from typing import Any
 from latmix.errors import LatmixError
 
 
+def _at_least(key: str, owner: object, **lowest: int) -> None:
+    for name, limit in lowest.items():
+        if not getattr(owner, name) >= limit:  # NaN fails too
+            raise LatmixError(f"Recipe key '{key}.{name}' is {getattr(owner, name)}; it must be at least {limit}.")
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The text a run may look at.
@@ -32,6 +38,9 @@ class Calibration:
     held_out: int = 16
     window: int = 512
     separator: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("calibration", self, windows=1, held_out=1, window=2)
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,13 @@ class Learning:
     weights: bool = True
     checkpointing: bool = False
     evaluate_every: int = 20
+
+    def __post_init__(self) -> None:
+        _at_least("learning", self, steps=1, batch=1, accumulation=1, evaluate_every=1, volume=0, lr=0)
+        if self.accumulation > self.batch:
+            raise LatmixError(f"Recipe key 'learning.accumulation' is {self.accumulation}, above learning.batch.")
+        if self.top_k is not None and self.top_k < 2:
+            raise LatmixError(f"Recipe key 'learning.top_k' is {self.top_k}; it must be at least 2, or none.")
 
 
 @dataclass(frozen=True)

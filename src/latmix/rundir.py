@@ -44,7 +44,11 @@ def new_run(out: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    """Raises: LatmixError: the file cannot be written."""
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise LatmixError(f"Cannot write '{path}': {error.strerror}.") from error
 
 
 def read_json(path: Path) -> Any:
