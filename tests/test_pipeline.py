@@ -179,3 +179,7 @@ class TestBadInput:
         save_file({**tensors, "extra": torch.zeros(1)}, file)
         with pytest.raises(latmix.LatmixError, match="unexpected .'extra'"):
             restore(run.path)
+        save_file(tensors, file)
+        (run.path / "transforms.safetensors").write_bytes(b"short")
+        with pytest.raises(latmix.LatmixError, match="transforms in .* cannot be loaded"):
+            restore(run.path)

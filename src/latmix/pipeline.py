@@ -31,7 +31,7 @@ from latmix.model.maps import Maps, build_maps, reports
 from latmix.model.parts import layers, linear
 from latmix.numerics import BlockFormat, parse_format
 from latmix.progress import Progress
-from latmix.recipe import Recipe, from_json, override
+from latmix.recipe import Recipe, override
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, is_run, new_run, write_json
 from latmix.stages import Stages
 from latmix.weights import parse_quantizer
@@ -83,25 +83,15 @@ def quantize(
     """
     recipe = override(recipes.find(recipe), settings or {})
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
-    activations, weights = parse_format(recipe.activations), parse_format(recipe.weights)
-    quantizer, progress, stages = parse_quantizer(recipe.quantizer), progress or Progress(), Stages()
+    weights, quantizer = parse_format(recipe.weights), parse_quantizer(recipe.quantizer)
+    progress, stages = progress or Progress(), Stages()
     with new_run(Path(out)) as folder:
         with stages.stage("load"):
             corpus = read_text(calibration or CALIBRATION, recipe.calibration.separator)
             loaded = load(model)
             taught, held_out = calibration_windows(corpus, loaded.tokenizer, recipe.calibration, loaded.longest)
             absorb_gains(loaded.model, loaded.arch)
-        torch.manual_seed(recipe.seed)
-        student, maps = checkpoint.share(loaded.model), _maps(loaded, recipe, activations)
-        in_loop = weights if recipe.learning and recipe.learning.weights else None
-        attached = attach(student, loaded.arch, maps, activations, in_loop)
-        float_change = {"before": _float_change(loaded.model, attached, held_out)}
-        with stages.stage("learn"):
-            _learn(attached, loaded.model, taught, held_out, recipe, folder, progress)
-        float_change["after"] = _float_change(loaded.model, attached, held_out)
-        with stages.stage("fold"):
-            fold(attached, activations)
-            checkpoint.round_kept(student, loaded.arch)
+        student, maps, float_change = _transform(loaded, taught, held_out, recipe, folder, stages, progress)
         with stages.stage("quantize"):
             progress.stage("quantize", len(layers(student, loaded.arch)))
             quantized = quantize_weights(
@@ -167,13 +157,38 @@ def restore(path: Path) -> Loaded:
 
     Raises: LatmixError: the run is damaged.
     """
-    recipe = from_json((path / RECIPE).read_text("utf-8"))
+    recipe = recipes.find(str(path / RECIPE))
     activations = parse_format(recipe.activations)
     loaded = checkpoint.restore(path, parse_format(recipe.weights))
     maps = _maps(loaded, recipe, activations)
     maps.restore(path / TRANSFORMS)
     quantize_inputs(loaded.model, loaded.arch, maps, activations)
     return loaded
+
+
+def _transform(
+    loaded: Loaded,
+    taught: Int[Tensor, "learn window"],
+    held_out: Int[Tensor, "held_out window"],
+    recipe: Recipe,
+    folder: Path,
+    stages: Stages,
+    progress: Progress,
+) -> tuple[PreTrainedModel, Maps, dict[str, float]]:
+    """Attach, learn and fold: the model to quantize, its inputs rounded; its maps; what they cost in float."""
+    activations, weights = parse_format(recipe.activations), parse_format(recipe.weights)
+    torch.manual_seed(recipe.seed)
+    student, maps = checkpoint.share(loaded.model), _maps(loaded, recipe, activations)
+    in_loop = weights if recipe.learning and recipe.learning.weights else None
+    attached = attach(student, loaded.arch, maps, activations, in_loop)
+    before = _float_change(loaded.model, attached, held_out)
+    with stages.stage("learn"):
+        _learn(attached, loaded.model, taught, held_out, recipe, folder, progress)
+    after = _float_change(loaded.model, attached, held_out)
+    with stages.stage("fold"):
+        fold(attached, activations)
+        checkpoint.round_kept(student, loaded.arch)
+    return student, maps, {"before": before, "after": after}
 
 
 def _maps(loaded: Loaded, recipe: Recipe, activations: BlockFormat) -> Maps:

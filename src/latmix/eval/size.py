@@ -10,7 +10,7 @@ PACKED = (".weight_packed", ".weight_scale", ".weight_global_scale")
 @dataclass(frozen=True)
 class Size:
     """Attributes:
-    bytes: the tensor files on disk.
+    bytes: the checkpoint's tensor files on disk (a run's record of its transforms is not served, and not counted).
     bits_per_weight: bits of codes and scales per weight of the quantized linears; None where nothing is quantized.
     """
 
@@ -24,7 +24,7 @@ def size_of(folder: Path, quantized_weights: int) -> Size:
     quantized_weights: how many weights the quantized linears of the model have.
     """
     packed = total = 0
-    for file in folder.glob("*.safetensors"):
+    for file in sorted(folder.glob("quantized*.safetensors")) or sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         sizes = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}

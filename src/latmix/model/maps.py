@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig
@@ -53,7 +54,11 @@ class Maps(nn.Module):
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
 
     def restore(self, path: Path) -> None:
-        self.load_state_dict(load_file(path))
+        """Raises: LatmixError: the file is missing, damaged, or of other maps."""
+        try:
+            self.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise LatmixError(f"The transforms in '{path}' cannot be loaded: {error}") from error
 
 
 def build_transform(spec: str, size: int, block: int, seed: int) -> Transform:
