@@ -8,8 +8,8 @@ demo: .venv/installed
 	.venv/bin/latmix demo
 
 test: .venv/installed-dev
-	.venv/bin/ruff check src tests scripts
-	.venv/bin/ruff format --check src tests scripts
+	.venv/bin/ruff check src tests scripts benchmarks
+	.venv/bin/ruff format --check src tests scripts benchmarks
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/pytest

@@ -94,11 +94,12 @@ def main() -> None:
         lines.append(row(name, results, seconds, gptq_kl))
         print(lines[-1], flush=True)
 
-    command = "python " + shlex.join(sys.argv)
+    command = shlex.join(["python", "benchmarks/recipes.py", *sys.argv[1:]])
     format = find("gptq").activations
+    machine = f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     head = f"""Weights and activations `{format}`; {original.windows} windows of {original.window} tokens no recipe saw;
 mean ± standard deviation over {args.seeds} seeds. KL in nats per token to full precision; "/ GPTQ": ratio of mean KL.
-{datetime.date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. Regenerate:
+{datetime.date.today()}, {machine}, torch {torch.__version__}. Regenerate:
 
     {command}
 
