@@ -90,7 +90,8 @@ def learn(
     """
     maps, student = attached.maps, attached.model
     if learning.checkpointing:
-        student.gradient_checkpointing_enable()
+        # transformers 5.17 knows only the second name, later versions warn about it
+        getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)()
         student.train()  # transformers checkpoints in training mode only; these families have no active dropout
     optimizer = torch.optim.Adam(maps.learned(), betas=(0.9, 0.95))
     order = _order(len(windows), learning, seed)
