@@ -41,15 +41,16 @@ def run(out: Path, seed: int, progress: Progress) -> list[Row]:
 
 
 def table(rows: list[Row]) -> Table:
+    """KL (nats per token) and top-1 agreement are against full precision; MiB are on disk, s are seconds of the run."""
     first = rows[0].evaluation
-    title = f"MXFP4 weights and activations; {first.windows} windows of {first.window} tokens of held-out Wikipedia"
+    title = f"MXFP4 weights and activations, {first.windows} windows of {first.window} tokens of held-out text"
     result = Table(title=title)
-    for column in ("recipe", "perplexity", "KL to full precision", "top-1 agreement", "size", "seconds"):
-        result.add_column(column)
+    for column in ("recipe", "perplexity", "KL", "KL 95 %", "top-1", "MiB", "s"):
+        result.add_column(column, no_wrap=True)
     for row in rows:
         e = row.evaluation
         assert e.kl is not None and e.top1_agreement is not None
-        kl = f"{e.kl.mean:.4f} ({e.kl.low:.4f}–{e.kl.high:.4f})"
-        figures = (f"{e.perplexity.mean:.2f}", kl, f"{e.top1_agreement.mean:.1%}", f"{e.size_bytes / 2**20:.2f} MiB")
-        result.add_row(row.recipe, *figures, f"{row.seconds:.0f}")
+        kl = (f"{e.kl.mean:.4f}", f"{e.kl.low:.4f}–{e.kl.high:.4f}")
+        figures = (f"{e.top1_agreement.mean:.1%}", f"{e.size_bytes / 2**20:.2f}", f"{row.seconds:.0f}")
+        result.add_row(row.recipe, f"{e.perplexity.mean:.2f}", *kl, *figures)
     return result
