@@ -2,13 +2,15 @@
 
     python benchmarks/recipes.py --out docs/results/demo.md
     python benchmarks/recipes.py --model stories260K --split tinystories.txt --separator '\n\n' --window 256 \
-        --set calibration.windows=130 --out docs/results/stories260K.md
+        --set calibration.windows=130 calibration.held_out=30 --out docs/results/stories260K.md
 
 Without `--model`: the model and the texts that ship with latmix. `--split FILE` calibrates on the first 70 % of the
-documents of one text and reports on the rest. A run that is finished is not computed again (`--runs` keeps them).
+documents of one text and reports on the rest. A finished run is not computed again (`--runs`
+keeps them); one of another recipe is refused.
 """
 
 import argparse
+import dataclasses
 import datetime
 import os
 import platform
@@ -24,6 +26,7 @@ import torch
 import latmix
 from latmix.assets import CALIBRATION, DEMO_MODEL, EVALUATION
 from latmix.pipeline import Evaluation
+from latmix.recipe import override
 from latmix.recipes import find
 
 RECIPES = ("rtn", "gptq", "quarot", "block-hadamard", "latmix-lu", "latmix-qr")
@@ -61,9 +64,10 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", nargs="*", default=[])
-    parser.add_argument("--runs", type=Path, default=Path("benchmark-runs"))
+    parser.add_argument("--runs", type=Path, help="default: benchmark-runs/NAME, NAME as in --out")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    args.runs = args.runs or Path("benchmark-runs") / args.out.stem
 
     args.runs.mkdir(parents=True, exist_ok=True)
     separator = args.separator.replace("\\n", "\n") if args.separator else None
@@ -84,6 +88,9 @@ def main() -> None:
         }
         for seed in range(args.seeds):
             folder = args.runs / f"{name}-{seed}"
+            wished = dataclasses.replace(override(find(name), chosen), seed=seed)
+            if folder.exists() and find(str(folder / "recipe.json")) != wished:
+                sys.exit(f"'{folder}' holds another recipe; choose another --runs or remove it.")
             if not folder.exists():
                 latmix.quantize(args.model, folder, name, texts[0], seed, chosen)
             stages = latmix.rundir.read_json(folder / "summary.json")["stages"]

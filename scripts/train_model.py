@@ -5,7 +5,7 @@ one pass over real text (no token is seen twice), no dropout, and a warmup-stabl
 the model is the plainest choice that works: byte-level BPE, AdamW, packed fixed-length windows. Given up: multi-GPU,
 resuming, evaluation harnesses; a run takes an hour or two and a second run is cheap.
 
-    python scripts/train_model.py --family llama --text wiki-*.jsonl.zst --tokens 28_000_000 --out models/demo
+    python scripts/train_model.py --family llama --text wiki-*.jsonl.zst --tokens 16_000_000 --out models/demo
 
 `--text` takes `.jsonl.zst` files with a `text` field (an article a line) or `.txt` files (blank lines between).
 """
@@ -90,9 +90,9 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=28_000_000)
+    parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--batch", type=int, default=16, help="windows a step")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="folder of an existing tokenizer (default: train one)")
