@@ -5,7 +5,7 @@ one pass over real text (no token is seen twice), no dropout, and a warmup-stabl
 the model is the plainest choice that works: byte-level BPE, AdamW, packed fixed-length windows. Given up: multi-GPU,
 resuming, evaluation harnesses; a run takes an hour or two and a second run is cheap.
 
-    python scripts/train_model.py --family llama --text wiki-*.jsonl.zst --tokens 16_000_000 --out models/demo
+    python scripts/train_model.py --family llama --text wiki-*.jsonl.zst --tokens 60_000_000 --out models/demo
 
 `--text` takes `.jsonl.zst` files with a `text` field (an article a line) or `.txt` files (blank lines between).
 """
@@ -26,10 +26,10 @@ import torch
 import transformers
 import zstandard
 
-VOCABULARY, WINDOW = 2048, 256
+VOCABULARY, WINDOW = 1024, 256
 BOS, EOS = "<s>", "</s>"
 SHAPE = dict(
-    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, max_position_embeddings=WINDOW, rms_norm_eps=1e-5, tie_word_embeddings=True,
     bos_token_id=0, eos_token_id=1,
 )  # fmt: skip
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILIES, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=16_000_000)
+    parser.add_argument("--tokens", type=int, default=60_000_000)
     parser.add_argument("--batch", type=int, default=16, help="windows a step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -107,7 +107,8 @@ def main() -> None:
         tokenizer = train_tokenizer(args.text)
     tokenizer.save_pretrained(args.out)
     config = FAMILIES[args.family](**SHAPE, dtype="bfloat16")
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model.to(device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
     master = [
         p.detach().clone().requires_grad_() for p in model.parameters()
@@ -118,16 +119,18 @@ def main() -> None:
         {"params": [p for p in master if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    forward = torch.compile(model) if device == "cuda" else model  # on few CPU cores eager is as fast
+
+    @torch.compile  # with plain attention twice as fast as eager flash attention on a CPU core at this width
+    def loss_of(window: torch.Tensor) -> torch.Tensor:
+        logits = model(window[:, :-1], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
 
     steps = math.ceil(args.tokens / (args.batch * WINDOW))
     began, average = time.time(), float("nan")
     for step, window in zip(range(1, steps + 1), windows(args.text, tokenizer, args.batch), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr)
-        window = window.to(device)
-        logits = forward(window[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+        loss = loss_of(window.to(device))
         loss.backward()
         for exact, rounded in zip(master, model.parameters(), strict=True):
             exact.grad, rounded.grad = rounded.grad.float(), None

@@ -29,7 +29,7 @@ from latmix.model.inputs import quantize_inputs
 from latmix.model.load import Loaded, load
 from latmix.model.maps import Maps, build_maps, reports
 from latmix.model.parts import layers, linear
-from latmix.numerics import BlockFormat, parse_format
+from latmix.numerics import BlockFormat, kernels, parse_format
 from latmix.progress import Progress
 from latmix.recipe import Recipe, override
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, is_run, new_run, write_json
@@ -110,6 +110,7 @@ def quantize(
             "float_change_kl": float_change,
             "maps": reports(maps),
             "stages": stages.costs,
+            "kernels": kernels.status(),
             "model": str(model),
             "calibration": {"text": corpus.source, "sha256": corpus.digest, "shape": list(taught.shape)},
             "versions": _versions(),

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latmix.numerics.formats import BlockFormat, parse_format
+from latmix.numerics.kernels import kernel
 from latmix.numerics.rounding import round_to_element_, widen
 from latmix.numerics.scales import choose_scales, from_blocks, to_blocks
 
@@ -52,11 +53,34 @@ def fake_quant_with_scale_gradient(x: Float[Tensor, "*batch n"], fmt: str | Bloc
     return quantized
 
 
+@kernel
+def quantized_values(x: Float[Tensor, "*batch n"], fmt: BlockFormat) -> Float[Tensor, "*batch n"]:
+    """The values of `fake_quant`, without gradient."""
+    wide = widen(x)
+    return quantize_with_scales(wide, choose_scales(wide, fmt), fmt).to(x.dtype)
+
+
+@kernel
+@torch.no_grad()
+def scale_gradient(
+    gradient: Float[Tensor, "*batch n"],
+    x: Float[Tensor, "*batch n"],
+    quantized: Float[Tensor, "*batch n"],
+    fmt: BlockFormat,
+) -> Float[Tensor, "*batch n"]:
+    """`gradient`, plus (Σ g·ε) / x at each block's largest magnitude (the first of several)."""
+    blocks, g = to_blocks(x, fmt.block), to_blocks(gradient, fmt.block)
+    along = (g * to_blocks(quantized - x, fmt.block)).sum(-1, keepdim=True)
+    peak, place = blocks.abs().max(-1, keepdim=True)
+    gain = torch.where(peak == 0, torch.zeros_like(peak), along / peak)
+    here = torch.arange(fmt.block, device=x.device) == place
+    return from_blocks(g + torch.where(here, gain * blocks.sign(), torch.zeros_like(g)), x.shape[-1])
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, fmt: BlockFormat) -> Tensor:
-        wide = widen(x)
-        return quantize_with_scales(wide, choose_scales(wide, fmt), fmt).to(x.dtype)
+        return quantized_values(x, fmt)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -65,23 +89,15 @@ class _StraightThrough(torch.autograd.Function):
 
 class _ThroughScale(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, fmt: BlockFormat) -> Tensor:
-        return quantize_with_scales(x, choose_scales(x, fmt), fmt)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, BlockFormat], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
-        ctx.block = inputs[1].block
+    def forward(ctx: Any, x: Tensor, fmt: BlockFormat) -> Tensor:
+        quantized = quantized_values(x, fmt)
+        ctx.save_for_backward(x, quantized)
+        ctx.format = fmt
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        x, quantized = ctx.saved_tensors
-        blocks, g = to_blocks(x, ctx.block), to_blocks(gradient, ctx.block).clone()
-        along = (g * to_blocks(quantized - x, ctx.block)).sum(-1, keepdim=True)
-        largest = blocks.abs().argmax(-1, keepdim=True)
-        peak = blocks.gather(-1, largest)
-        g.scatter_add_(-1, largest, torch.where(peak == 0, torch.zeros_like(peak), along / peak))
-        return from_blocks(g, x.shape[-1]), None
+        return scale_gradient(gradient, *ctx.saved_tensors, ctx.format), None
 
 
 @torch.no_grad()

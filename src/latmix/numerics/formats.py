@@ -49,7 +49,7 @@ class Element:
 
     def magnitude(self, code: int) -> float:
         """The number that a code without sign stands for."""
-        exponent, mantissa = divmod(code, 1 << self.mantissa_bits)
+        exponent, mantissa = code >> self.mantissa_bits, code & ((1 << self.mantissa_bits) - 1)
         steps = mantissa if exponent == 0 else (mantissa + (1 << self.mantissa_bits)) << (exponent - 1)
         return steps * self.smallest
 

@@ -74,8 +74,8 @@ def to_blocks(x: Shaped[Tensor, "*batch n"], block: int) -> Shaped[Tensor, "*bat
     return torch.unflatten(x, -1, (x.shape[-1] // block, block))
 
 
-def from_blocks(blocks: Shaped[Tensor, "*batch blocks block"], n: int) -> Shaped[Tensor, "*batch {n}"]:
-    """The inverse of `to_blocks` for a last dimension of `n`."""
+def from_blocks(blocks: Shaped[Tensor, "*batch blocks block"], n: int | torch.SymInt) -> Shaped[Tensor, "*batch _"]:
+    """The inverse of `to_blocks` for a last dimension of `n` (a symbol while a kernel is recorded)."""
     return blocks.flatten(-2)[..., :n].contiguous()
 
 
