@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from latmix.assets import DEMO_MODEL
-from latmix.distill import accumulate, divergence
+from latmix.distill import Mapped, accumulate, divergence
 from latmix.model.attach import attach
 from latmix.model.checkpoint import share
 from latmix.model.fold import absorb_gains
@@ -53,6 +53,7 @@ def main() -> None:
     places = (arch, teacher.config, recipe.folded, recipe.online)
     maps = build_maps(*places, shift=recipe.shift, block=activations.block, seed=0).to(teacher.device)
     attached = attach(share(teacher), arch, maps, activations, weights if learning.weights else None)
+    student = Mapped(attached, learning.volume)
     ids = torch.randint(teacher.config.vocab_size, (learning.batch, min(256, loaded.longest)), device=teacher.device)
 
     def plain_step() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
         plain.zero_grad()
 
     def our_step() -> None:
-        accumulate(attached, teacher, ids, learning)
+        accumulate(student, teacher, ids, learning)
         maps.zero_grad()
 
     plain_step(), our_step()

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from latmix import recipes
 from latmix.assets import CALIBRATION
 from latmix.data import calibration_windows, read_text, windows
-from latmix.distill import Step, learn, mean_divergence
+from latmix.distill import Mapped, Step, learn, mean_divergence, tune
 from latmix.errors import LatmixError
 from latmix.eval import Estimate, score, size_of
 from latmix.model import checkpoint
@@ -32,7 +33,7 @@ from latmix.model.parts import layers, linear
 from latmix.numerics import BlockFormat, kernels, parse_format
 from latmix.progress import Progress
 from latmix.recipe import Recipe, override
-from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, is_run, new_run, write_json
+from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, is_run, new_run, write_json
 from latmix.stages import Stages
 from latmix.weights import parse_quantizer
 
@@ -97,6 +98,11 @@ def quantize(
             quantized = quantize_weights(
                 student, loaded.arch, taught, quantizer, weights, lambda layer: progress.advance(f"layer {layer}")
             )
+        if recipe.tuning is not None:
+            with stages.stage("tune"), _curve(folder / TUNING, "tune", recipe.tuning.steps, progress) as record:
+                arguments = (loaded.model, taught, held_out, recipe.tuning, recipe.seed, record)
+                quantized = tune(student, loaded.arch, quantized, *arguments)
+                checkpoint.round_kept(student, loaded.arch)
         with stages.stage("save"):
             checkpoint.save(student, quantized, loaded.tokenizer, folder)
             maps.save(folder / TRANSFORMS)
@@ -216,21 +222,28 @@ def _learn(
 ) -> None:
     if recipe.learning is None or not attached.maps.learned():
         return
-    progress.stage("learn", recipe.learning.steps)
-    with (folder / METRICS).open("w", encoding="utf-8") as metrics:
+    with _curve(folder / METRICS, "learn", recipe.learning.steps, progress) as record:
+        learn(attached, teacher, taught, held_out, recipe.learning, recipe.seed, record)
+
+
+@contextmanager
+def _curve(path: Path, stage: str, steps: int, progress: Progress) -> Iterator[Callable[[Step], None]]:
+    """Where a learning stage reports its steps: a line each in the file, and the progress."""
+    progress.stage(stage, steps)
+    with path.open("w", encoding="utf-8") as metrics:
 
         def record(step: Step) -> None:
             metrics.write(json.dumps(dataclasses.asdict(step)) + "\n")
             if step.step:
                 progress.advance("" if step.held_out is None else f"held-out KL {step.held_out:.4f}")
 
-        learn(attached, teacher, taught, held_out, recipe.learning, recipe.seed, record)
+        yield record
 
 
 def _float_change(reference: PreTrainedModel, attached: Attached, held_out: Int[Tensor, "held_out window"]) -> float:
     """KL of the model under the maps, nothing rounded: what an inexact map costs by itself."""
     with attached.unquantized():
-        return mean_divergence(reference, attached, held_out)
+        return mean_divergence(reference, Mapped(attached, 0.0), held_out)
 
 
 def _versions() -> dict[str, str | int | None]:

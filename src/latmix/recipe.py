@@ -8,13 +8,12 @@ them once and passes the value on. Presets are functions in `latmix.recipes`.
 import dataclasses
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
 
 from latmix.errors import LatmixError
+from latmix.typed import build, replaced
 
 
 def _at_least(key: str, owner: object, **lowest: int) -> None:
@@ -44,18 +43,15 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Learning:
-    """KL distillation of the transforms to the unquantized model (method of arXiv 2602.17681; defaults by our own
-    experiments, docs/log.md).
+class Distillation:
+    """What every learning stage has: steps of Adam on the KL to the unquantized model.
 
     Attributes:
         steps: optimizer steps; the learning rate falls on a cosine to a tenth of its start, after a short warmup.
         lr: Adam's peak learning rate.
         batch: windows an optimizer step sees.
         accumulation: forward passes the batch is split over.
-        volume: weight of the regulariser (log |det A|)² / n, which keeps a map's volume near one.
         top_k: restrict the KL to the teacher's k most likely tokens, renormalised; None: the whole vocabulary.
-        weights: fake-quantize the weights in the loop as well as the activations.
         checkpointing: recompute layers in backward instead of storing their activations.
         evaluate_every: steps between measurements of KL on the held-out windows.
     """
@@ -64,18 +60,61 @@ class Learning:
     lr: float = 3e-3
     batch: int = 8
     accumulation: int = 1
-    volume: float = 0.01
     top_k: int | None = None
-    weights: bool = True
     checkpointing: bool = False
     evaluate_every: int = 20
 
+    key: ClassVar[str]
+
     def __post_init__(self) -> None:
-        _at_least("learning", self, steps=1, batch=1, accumulation=1, evaluate_every=1, volume=0, lr=0)
+        _at_least(self.key, self, steps=1, batch=1, accumulation=1, evaluate_every=1, lr=0)
         if self.accumulation > self.batch:
-            raise LatmixError(f"Recipe key 'learning.accumulation' is {self.accumulation}, above learning.batch.")
+            raise LatmixError(f"Recipe key '{self.key}.accumulation' is {self.accumulation}, above {self.key}.batch.")
         if self.top_k is not None and self.top_k < 2:
-            raise LatmixError(f"Recipe key 'learning.top_k' is {self.top_k}; it must be at least 2, or none.")
+            raise LatmixError(f"Recipe key '{self.key}.top_k' is {self.top_k}; it must be at least 2, or none.")
+
+
+@dataclass(frozen=True)
+class Learning(Distillation):
+    """Learning of the maps (method of arXiv 2602.17681; defaults by our own experiments, docs/log.md).
+
+    Attributes:
+        volume: weight of the regulariser (log |det A|)² / n, which keeps a map's volume near one.
+        weights: fake-quantize the weights in the loop as well as the activations.
+    """
+
+    volume: float = 0.01
+    weights: bool = True
+
+    key: ClassVar[str] = "learning"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self.key, self, volume=0)
+
+
+@dataclass(frozen=True)
+class Tuning(Distillation):
+    """Tuning of what is free at inference, after the weights are quantized.
+
+    Attributes:
+        kept: parts in full precision that learn: "gains", "embedding", "head".
+        biases: inputs of the architecture (qkv, o, gate_up, down) whose readers get a bias that learns.
+        codes: every code may move to a neighbour on the grid.
+        codes_lr: peak learning rate of a code's move; half a unit flips it.
+    """
+
+    lr: float = 1e-3
+    kept: tuple[str, ...] = ("gains", "embedding", "head")
+    biases: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
+    codes: bool = True
+    codes_lr: float = 1e-2
+
+    key: ClassVar[str] = "tuning"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self.key, self, codes_lr=0)
 
 
 @dataclass(frozen=True)
@@ -90,6 +129,7 @@ class Recipe:
         online: input → orthogonal transform applied to activations at run time.
         shift: give every learned folded map a learned shift v, which becomes biases.
         learning: how maps are learned; None leaves them as initialised.
+        tuning: how free parts are tuned after the weights are quantized; None leaves them.
     """
 
     name: str
@@ -100,6 +140,7 @@ class Recipe:
     online: Mapping[str, str] = field(default_factory=dict)
     shift: bool = False
     learning: Learning | None = None
+    tuning: Tuning | None = None
     calibration: Calibration = Calibration()
     seed: int = 0
 
@@ -118,81 +159,10 @@ def from_json(text: str) -> Recipe:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise LatmixError(f"The recipe is not JSON: {error}.") from error
-    recipe: Recipe = _build(Recipe, values, "")
+    recipe: Recipe = build(Recipe, values)
     return recipe
 
 
 def override(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
-    """The recipe with fields replaced by dotted keys: `{"learning.steps": "50", "folded.values": "qr"}`.
-
-    A value is read as JSON where it is JSON (`50`, `true`), as text otherwise; `none` empties a field or removes a map.
-
-    Raises: LatmixError: unknown key (the known are listed) or a value that is not of the field's type.
-    """
-    values: dict[str, Any] = dataclasses.asdict(recipe)
-    for key, text in settings.items():
-        *path, last = key.split(".")
-        place, hint = values, Recipe
-        for name in path:
-            hint = _hint(hint, name, key)
-            if place[name] is None:
-                place[name] = {}
-            place = place[name]
-        _hint(hint, last, key)
-        place[last] = _value(text)
-    result: Recipe = _build(Recipe, values, "")
-    return result
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _concrete(hint: Any) -> Any:
-    """`X | None` → `X`."""
-    if isinstance(hint, types.UnionType):
-        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    return hint
-
-
-def _hint(owner: Any, name: str, key: str) -> Any:
-    """The type of field `name` of the dataclass or mapping type `owner`."""
-    owner = _concrete(owner)
-    if typing.get_origin(owner) is Mapping:
-        return typing.get_args(owner)[1]
-    hints = typing.get_type_hints(owner) if dataclasses.is_dataclass(owner) else {}
-    if name not in hints:
-        choices = f"'{name}' is none of {', '.join(hints)}" if hints else f"'{name}' has nothing to be inside of"
-        raise LatmixError(f"Unknown recipe key '{key}': {choices}.")
-    return hints[name]
-
-
-def _build(hint: Any, value: Any, key: str) -> Any:
-    """`value`, as JSON knows it, turned into the type `hint`."""
-    kind = _concrete(hint)
-    if value is None and kind is not hint:
-        return None
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        inside = {
-            name: _build(_hint(kind, name, _join(key, name)), part, _join(key, name)) for name, part in value.items()
-        }
-        required = [part.name for part in dataclasses.fields(kind) if part.default is part.default_factory]
-        if absent := [name for name in required if name not in inside]:
-            raise LatmixError(f"The recipe lacks '{_join(key, absent[0])}'.")
-        return kind(**inside)
-    if typing.get_origin(kind) is Mapping and isinstance(value, dict):
-        return {name: _build(str, part, _join(key, name)) for name, part in value.items() if part is not None}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    raise LatmixError(f"Recipe key '{key}' takes {getattr(kind, '__name__', kind)}, not {value!r}.")
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
+    """The recipe with fields replaced by dotted keys (`latmix.typed.replaced`)."""
+    return replaced(recipe, settings)

@@ -14,7 +14,8 @@ from typing import Any
 
 from latmix.errors import LatmixError
 
-RECIPE, SUMMARY, METRICS, TRANSFORMS = "recipe.json", "summary.json", "metrics.jsonl", "transforms.safetensors"
+RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
+METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
 
 
 @contextmanager

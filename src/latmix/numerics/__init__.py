@@ -1,6 +1,6 @@
 """Block formats: what they are, how a block's scale is chosen, fake quantization, and codes."""
 
-from latmix.numerics.codes import Quantized, decode, encode, pack, unpack
+from latmix.numerics.codes import Quantized, decode, encode, neighbours, pack, unpack
 from latmix.numerics.fakequant import fake_quant, fake_quant_with_scale_gradient, quantize_with_scales
 from latmix.numerics.formats import ELEMENTS, FORMATS, ROUNDINGS, SCALE_RULES, BlockFormat, Element, parse_format
 from latmix.numerics.rounding import round_to_element
@@ -22,6 +22,7 @@ __all__ = [
     "encode_scales",
     "fake_quant",
     "fake_quant_with_scale_gradient",
+    "neighbours",
     "pack",
     "parse_format",
     "quantize_with_scales",

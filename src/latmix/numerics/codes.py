@@ -85,12 +85,31 @@ def _element_codes(elements: Tensor, element: Element) -> Tensor:
 @torch.no_grad()
 def decode(quantized: Quantized) -> Float[Tensor, "*batch n"]:
     """The values that codes and scales stand for, in `quantized.dtype`. All 2^bits codes decode, specials included."""
+    return _decode(quantized, torch.tensor(quantized.format.element.values, device=quantized.codes.device))
+
+
+def _decode(quantized: Quantized, table: Float[Tensor, " codes"]) -> Float[Tensor, "*batch n"]:
+    """Values by a table of what each code stands for, times the scale of its block."""
     fmt = quantized.format
     dtype = torch.float64 if quantized.dtype == torch.float64 else torch.float32
     scales = decode_scales(quantized.scales, fmt, quantized.tensor_scale, dtype)
-    table = torch.tensor(fmt.element.values, dtype=dtype, device=quantized.codes.device)
-    blocks = to_blocks(table[quantized.codes.int()], fmt.block) * scales.unsqueeze(-1)
+    blocks = to_blocks(table.to(dtype)[quantized.codes.int()], fmt.block) * scales.unsqueeze(-1)
     return from_blocks(blocks, quantized.codes.shape[-1]).to(quantized.dtype)
+
+
+def neighbours(quantized: Quantized) -> tuple[Float[Tensor, "*batch n"], ...]:
+    """The values one step below each stored one, the stored ones, and those one step above, under the same scales.
+
+    At the ends of the grid the neighbour is the value itself. Special codes (NaN, Inf) are not met in weights.
+    """
+    element = quantized.format.element
+    grid = sorted({value for value in element.values if abs(value) <= element.max})  # without NaN, Inf, a second zero
+    rank = {value: i for i, value in enumerate(grid)}
+    below, above = (
+        [grid[min(max(rank.get(v, 0) + step, 0), len(grid) - 1)] for v in element.values] for step in (-1, 1)
+    )
+    tables = (below, list(element.values), above)  # as they are, -0 included
+    return tuple(_decode(quantized, torch.tensor(table, device=quantized.codes.device)) for table in tables)
 
 
 def pack(codes: UInt8[Tensor, "*batch n"], bits: int) -> UInt8[Tensor, "*batch bytes"]:

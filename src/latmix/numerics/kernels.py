@@ -40,7 +40,7 @@ def kernel(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if first.numel() < LARGE or reference.__name__ in _failures or torch.compiler.is_compiling():
             return reference(*arguments)
         blocks = [to_blocks(tensor, format.block) for tensor in tensors]
-        rows = [tensor.reshape(-1, format.block) for tensor in blocks]
+        rows = [tensor.detach().reshape(-1, format.block) for tensor in blocks]
         key = (format, first.dtype, first.device)
         try:
             if key not in compiled:

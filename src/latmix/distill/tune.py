@@ -1,0 +1,54 @@
+"""Tuning after quantization: what is free at inference learns to make up for what rounding did.
+
+The weights stand on their grid, the activations are rounded as they will be, and the loss is the model's own KL: no
+layer-wise proxy is left. Source of the idea: norm and bias tuning of quantized networks (Norm Tweaking, 2309.02784) and
+learned rounding (AdaRound, 2004.10568), here end to end on KL and on MX codes under fixed scales.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from latmix.archs import Arch
+from latmix.distill.loop import Step, Student, distill
+from latmix.model.free import Free, free
+from latmix.numerics import Quantized
+from latmix.recipe import Tuning
+
+
+class Freed(Student):
+    """A quantized model whose free parts learn; codes at a rate of their own."""
+
+    def __init__(self, model: PreTrainedModel, parts: Free, codes_rate: float) -> None:
+        self.model, self.learned, self._parts, self._codes_rate = model, parts, parts, codes_rate
+
+    def groups(self) -> list[dict[str, Any]]:
+        groups = [(self._parts.kept, 1.0), (self._parts.moves, self._codes_rate)]
+        return [{"params": list(part.values()), "rate": rate} for part, rate in groups if len(part)]
+
+    def stepped(self) -> None:
+        self._parts.clamp()
+
+
+def tune(
+    model: PreTrainedModel,
+    arch: Arch,
+    quantized: Mapping[str, Quantized],
+    teacher: PreTrainedModel,
+    windows: Int[Tensor, "learn window"],
+    held_out: Int[Tensor, "held_out window"],
+    tuning: Tuning,
+    seed: int,
+    on_step: Callable[[Step], None],
+) -> dict[str, Quantized]:
+    """Tune the free parts of a quantized model in place; returns all codes, moved ones included.
+
+    Cost: as `distill`; with codes, Adam's two moments and three more copies of every quantized weight.
+    Raises: LatmixError: an unknown part, or the loss is not finite.
+    """
+    parts = free(model, arch, quantized, tuning.kept, tuning.biases, tuning.codes)
+    distill(Freed(model, parts, tuning.codes_lr / tuning.lr), teacher, windows, held_out, tuning, seed, on_step)
+    return {**quantized, **parts.settle()}
