@@ -89,6 +89,14 @@ def test_neighbours_are_the_next_numbers_of_the_grid(name: str) -> None:
     assert below[0, 0] == expected[0] and above[0, -1] == expected[-1]
 
 
+def test_a_model_that_shares_its_tensors_is_left_alone() -> None:
+    teacher, model, quantized = quantized_tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tuning = Tuning(steps=8, batch=32, evaluate_every=4, codes_lr=0.2)
+    tune(share(model), ARCHS["llama"], quantized, teacher, LEARN, LEARN[:8], tuning, 0, lambda step: None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_unknown_parts_name_the_known() -> None:
     with pytest.raises(LatmixError, match="'norms' in tuning.kept; known: gains, embedding, head"):
         run(Tuning(kept=("norms",)))

@@ -127,6 +127,7 @@ def free(
                     place.bias = nn.Parameter(place.weight.new_zeros(place.out_features), requires_grad=False)
                 parameters[f"{path}.bias"] = _thaw(place, "bias")
             if codes:
+                _thaw(place, "weight")  # parametrizing works in place
                 register_parametrization(place, "weight", Moves(quantized[path]))
                 _move(place).requires_grad_(True)
                 movable[path] = place
