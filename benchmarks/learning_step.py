@@ -51,7 +51,7 @@ def main() -> None:
     plain = copy.deepcopy(teacher).requires_grad_(True)
     activations, weights = parse_format(recipe.activations), parse_format(recipe.weights)
     places = (arch, teacher.config, recipe.folded, recipe.online)
-    maps = build_maps(*places, shift=recipe.shift, block=activations.block, seed=0).to(teacher.device)
+    maps = build_maps(*places, block=activations.block, seed=0).to(teacher.device)
     attached = attach(share(teacher), arch, maps, activations, weights if learning.weights else None)
     student = Mapped(attached, learning.volume)
     ids = torch.randint(teacher.config.vocab_size, (learning.batch, min(256, loaded.longest)), device=teacher.device)

@@ -21,8 +21,9 @@ WINDOWS = torch.randint(96, (12, 24), generator=torch.Generator().manual_seed(0)
 
 def student_of(teacher, spec: str, *, weights: bool = False) -> Attached:
     arch, format = ARCHS["llama"], parse_format("mxfp4:scale=even")
+    spec += f"{',' if ':' in spec else ':'}shift=full"
     folded, online = {"residual": spec, "values": spec}, {"down": "block-hadamard"}
-    maps = build_maps(arch, teacher.config, folded, online, shift=True, block=32, seed=0)
+    maps = build_maps(arch, teacher.config, folded, online, block=32, seed=0)
     return attach(share(teacher), arch, maps, format, format if weights else None)
 
 

@@ -24,7 +24,7 @@ def test_override_reaches_every_level() -> None:
             "folded.values": "none",
             "online.down": "hadamard",
             "calibration.separator": "\n\n",
-            "shift": "false",
+            "target": "gguf",
             "quantizer": "gptq:damping=0.05",
         },
     )
@@ -33,7 +33,7 @@ def test_override_reaches_every_level() -> None:
     assert recipe.folded == {"residual": recipes.find("latmix-lu").folded["residual"]}
     assert recipe.online == {"down": "hadamard"}
     assert recipe.calibration.separator == "\n\n"
-    assert recipe.shift is False
+    assert recipe.target == "gguf"
 
 
 def test_learning_can_be_switched_on_and_off() -> None:
@@ -50,7 +50,7 @@ def test_learning_can_be_switched_on_and_off() -> None:
         ("seed.x", "3", "Unknown recipe key 'seed.x'"),
         ("learning.steps", "many", "Recipe key 'learning.steps' takes int, not 'many'"),
         ("learning.steps", "1.5", "takes int, not 1.5"),
-        ("shift", "1", "Recipe key 'shift' takes bool, not 1"),
+        ("target", "1", "Recipe key 'target' takes str, not 1"),
         ("calibration.windows", "0", "'calibration.windows' is 0; it must be at least 1"),
         ("learning.lr", "NaN", "'learning.lr' is nan; it must be at least 0"),
         ("learning.accumulation", "9", "'learning.accumulation' is 9, above learning.batch"),

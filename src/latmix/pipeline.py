@@ -204,7 +204,6 @@ def _maps(loaded: Loaded, recipe: Recipe, activations: BlockFormat) -> Maps:
         loaded.model.config,
         recipe.folded,
         recipe.online,
-        shift=recipe.shift,
         block=activations.block,
         seed=recipe.seed,
     )

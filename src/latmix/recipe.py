@@ -125,9 +125,11 @@ class Recipe:
         name: which preset this grew from.
         weights, activations: formats of the quantized linears; embedding, norms and head keep full precision.
         quantizer: the weight quantizer.
-        folded: site → transform, folded into the weights; costs nothing at inference.
+        folded: site → transform, folded into the weights; costs nothing at inference. With `shift=full` or
+            `shift=layers` (`latmix.model.maps.SHIFTS`) it has a learned shift v, which becomes biases.
         online: input → orthogonal transform applied to activations at run time.
-        shift: give every learned folded map a learned shift v, which becomes biases.
+        target: the export that has to be able to express the run (`latmix.targets`): what it cannot is left out before
+            anything is learned; None: nothing is left out.
         learning: how maps are learned; None leaves them as initialised.
         tuning: how free parts are tuned after the weights are quantized; None leaves them.
     """
@@ -138,7 +140,7 @@ class Recipe:
     quantizer: str = "gptq"
     folded: Mapping[str, str] = field(default_factory=dict)
     online: Mapping[str, str] = field(default_factory=dict)
-    shift: bool = False
+    target: str | None = None
     learning: Learning | None = None
     tuning: Tuning | None = None
     calibration: Calibration = Calibration()

@@ -8,7 +8,7 @@ from latmix.archs import ARCHS
 from latmix.errors import LatmixError
 from latmix.model.attach import attach
 from latmix.model.fold import absorb_gains, fold
-from latmix.model.maps import Maps, build_maps
+from latmix.model.maps import SHIFTS, Maps, build_maps
 from latmix.transforms import TRANSFORMS
 from tests.models import perturb, tiny
 
@@ -35,9 +35,9 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def maps_at(model: PreTrainedModel, site: str, transform: str, *, shift: bool) -> Maps:
+def maps_at(model: PreTrainedModel, site: str, transform: str, *, shift: str) -> Maps:
     arch = ARCHS[model.config.model_type]
-    maps = build_maps(arch, model.config, {site: transform}, {}, shift=shift, block=32, seed=3)
+    maps = build_maps(arch, model.config, {site: f"{transform}:shift={shift}"}, {}, block=32, seed=3)
     perturb(maps, 0.5)
     return maps
 
@@ -53,17 +53,17 @@ def test_absorbing_gains_and_untying_preserves_the_function(family: str, options
 
 
 @pytest.mark.parametrize("transform", list(TRANSFORMS))
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize(("family", "options"), FAMILIES)
 def test_function_is_preserved_exactly_where_declared(
-    family: str, options: dict[str, object], site: str, shift: bool, transform: str
+    family: str, options: dict[str, object], site: str, shift: str, transform: str
 ) -> None:
     model, arch = tiny(family, **options).double(), ARCHS[family]
     absorb_gains(model, arch)
     before = logits(model)
     maps = maps_at(model, site, transform, shift=shift).double()
-    shifted = shift and bool(maps.learned())
+    shifted = shift != "none"
     map = maps.folded(site, 0)
     attached = attach(model, arch, maps)
     after = logits(model)
@@ -73,13 +73,14 @@ def test_function_is_preserved_exactly_where_declared(
         assert far(after, before) > 1e-3
     fold(attached, None)
     assert far(logits(model), after) < 1e-5
+    assert (model.get_submodule(arch.head).bias is not None) == (site == "residual" and shift == "full")
 
 
 @pytest.mark.parametrize("family", list(ARCHS))
 def test_float32_rotation_attached_equals_folded(family: str) -> None:
     model, arch = tiny(family), ARCHS[family]
     absorb_gains(model, arch)
-    maps = maps_at(model, "residual", "rotation", shift=False)
+    maps = maps_at(model, "residual", "rotation", shift="none")
     attached = attach(model, arch, maps)
     after = logits(model)
     fold(attached, None)
@@ -92,7 +93,7 @@ def test_online_transforms_preserve_the_function_and_stay_after_folding(family: 
     model, arch = tiny(family).double(), ARCHS[family]
     absorb_gains(model, arch)
     before = logits(model)
-    maps = build_maps(arch, model.config, {"residual": "hadamard"}, {spot: "hadamard"}, shift=False, block=32, seed=3)
+    maps = build_maps(arch, model.config, {"residual": "hadamard"}, {spot: "hadamard"}, block=32, seed=3)
     maps.double()
     attached = attach(model, arch, maps)
     assert far(logits(model), before) < 1e-5
@@ -108,8 +109,8 @@ def test_everything_at_once_attached_equals_folded_quantized() -> None:
     format = parse_format("mxfp4")
     model, arch = tiny("qwen3", attention_bias=True).double(), ARCHS["qwen3"]
     absorb_gains(model, arch)
-    folded, online = {"residual": "lu", "values": "qr"}, {"down": "block-hadamard"}
-    maps = build_maps(arch, model.config, folded, online, shift=True, block=32, seed=3).double()
+    folded, online = {"residual": "lu:shift=full", "values": "qr:shift=full"}, {"down": "block-hadamard"}
+    maps = build_maps(arch, model.config, folded, online, block=32, seed=3).double()
     perturb(maps, 0.3)
     attached = attach(model, arch, maps, format)
     after = logits(model)
@@ -123,8 +124,8 @@ def test_everything_at_once_attached_equals_folded_quantized() -> None:
 def test_unknown_places_are_named() -> None:
     model = tiny("llama")
     with pytest.raises(LatmixError, match="Unknown site 'stream'; known: residual, values"):
-        build_maps(ARCHS["llama"], model.config, {"stream": "lu"}, {}, shift=False, block=32, seed=0)
+        build_maps(ARCHS["llama"], model.config, {"stream": "lu"}, {}, block=32, seed=0)
     with pytest.raises(LatmixError, match="Unknown input 'up'; known: qkv, o, gate_up, down"):
-        build_maps(ARCHS["llama"], model.config, {}, {"up": "hadamard"}, shift=False, block=32, seed=0)
+        build_maps(ARCHS["llama"], model.config, {}, {"up": "hadamard"}, block=32, seed=0)
     with pytest.raises(LatmixError, match="not orthogonal"):
-        build_maps(ARCHS["llama"], model.config, {}, {"down": "lu"}, shift=False, block=32, seed=0)
+        build_maps(ARCHS["llama"], model.config, {}, {"down": "lu"}, block=32, seed=0)

@@ -2,10 +2,10 @@
 
 A linear that reads basis S and writes basis T computes, with column vectors,
 
-    y = T ∘ (W, b) ∘ S⁻¹  =  (A_T W A_S⁻¹) x + A_T (b − W A_S⁻¹ v_S) + v_T
+    y = T ∘ (W, b) ∘ S⁻¹  =  (A_T W A_S⁻¹) x + A_T (b − W A_S⁻¹ v_S) + k v_T
 
-(v_T is left out for a writer of the residual stream: the embedding has put it there already). `moved` is that one
-formula; attached linears evaluate it in every forward, so that gradients reach the maps, `fold` evaluates it once in
+(k is 1, but 0 for a writer of the residual stream, where the embedding has put v_T already, and −1 for its last writer
+if the shift ends there). `moved` is that one formula; attached linears evaluate it in every forward, so that gradients reach the maps, `fold` evaluates it once in
 float64. Replacing a linear by a module that holds it, instead of parametrizing its weight and bias tensors one by one,
 keeps the formula whole and leaves nothing behind: afterwards a plain linear stands in its place.
 """
@@ -25,7 +25,7 @@ from latmix.model.inputs import InputQuantizer, QuantizedInputs, quantize_inputs
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear
 from latmix.numerics import BlockFormat, fake_quant_with_scale_gradient
-from latmix.transforms import Compose, Repeat, Transform
+from latmix.transforms import Affine, Compose, Repeat, Transform
 
 
 def moved(
@@ -34,11 +34,11 @@ def moved(
     source: Transform | None,
     target: Transform | None,
     *,
-    stream: bool,
+    shifts: int,
 ) -> tuple[Float[Tensor, "out n"], Float[Tensor, " out"] | None]:
     """Weight and bias of the linear after the changes of basis. Cost: out·n² + n·out² multiplications.
 
-    `stream`: the target is the residual stream, whose shift is not this writer's to add.
+    `shifts`: how often this writer adds the target's shift, k above.
     """
     if source is not None:
         weight = source.transposed_solve(weight)
@@ -48,8 +48,9 @@ def moved(
     if target is not None:
         weight = target.linear(weight.T).T
         bias = None if bias is None else target.linear(bias)
-        if target.shift is not None and not stream:
-            bias = target.shift if bias is None else bias + target.shift
+        if target.shift is not None and shifts:
+            shift = shifts * target.shift
+            bias = shift if bias is None else bias + shift
     return weight, bias
 
 
@@ -62,22 +63,22 @@ class MovedLinear(nn.Module):
         source: Transform | None,
         target: Transform | None,
         *,
-        stream: bool,
+        shifts: int,
         format: BlockFormat | None = None,
     ) -> None:
         super().__init__()
-        self.linear, self.stream, self.format, self.active = linear, stream, format, True
+        self.linear, self.shifts, self.format, self.active = linear, shifts, format, True
         self._maps = (source, target)  # in a tuple: not submodules of this linear
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch out"]:
-        weight, bias = moved(self.linear.weight, self.linear.bias, *self._maps, stream=self.stream)
+        weight, bias = moved(self.linear.weight, self.linear.bias, *self._maps, shifts=self.shifts)
         if self.format is not None and self.active:
             weight = fake_quant_with_scale_gradient(weight, self.format)
         return F.linear(x, weight, bias)
 
     def fold(self, source: Transform | None, target: Transform | None) -> nn.Linear:
         """The plain linear under these maps (float64 copies of the attached ones), cast back once."""
-        return _folded(self.linear, source, target, stream=self.stream)
+        return _folded(self.linear, source, target, shifts=self.shifts)
 
 
 class MovedHead(nn.Module):
@@ -93,7 +94,7 @@ class MovedHead(nn.Module):
         return out
 
     def fold(self, source: Transform) -> nn.Linear:
-        return _folded(self.linear, source, None, stream=False)
+        return _folded(self.linear, source, None, shifts=0)
 
 
 class MovedEmbedding(nn.Module):
@@ -149,23 +150,34 @@ def attach(
     The model's norm gains must have been absorbed (`latmix.model.fold.absorb_gains`).
     Raises: LatmixError: a map's size does not fit its place.
     """
-    heads = model.config.num_key_value_heads
-    for index, layer in enumerate(layers(model, arch)):
+    heads, every = model.config.num_key_value_heads, layers(model, arch)
+    for index, layer in enumerate(every):
         for name in arch.linears:
             source, target = linear_maps(arch, maps, layer, name, index, heads)
             if source is not None or target is not None or weights is not None:
-                writes = arch.target(name)
-                stream = writes is not None and writes.stream
+                shifts = _shifts(arch, name, target, last=index == len(every) - 1)
                 layer.set_submodule(
-                    name, MovedLinear(linear(layer, name), source, target, stream=stream, format=weights)
+                    name, MovedLinear(linear(layer, name), source, target, shifts=shifts, format=weights)
                 )
     for site in arch.sites:
         if site.stream and (stream_map := maps.folded(site.name, 0)) is not None:
             embedding = model.get_submodule(arch.embedding)
             assert isinstance(embedding, nn.Embedding)
             model.set_submodule(arch.embedding, MovedEmbedding(embedding, stream_map))
-            model.set_submodule(arch.head, MovedHead(linear(model, arch.head), stream_map))
+            model.set_submodule(arch.head, MovedHead(linear(model, arch.head), seen_by_head(stream_map)))
     return Attached(model, arch, maps, quantize_inputs(model, arch, maps, activations))
+
+
+def seen_by_head(map: Transform) -> Transform:
+    """The stream's map after the last layer: without its shift, where that ends there."""
+    return map.linear_part if isinstance(map, Affine) and map.within else map
+
+
+def _shifts(arch: Arch, name: str, target: Transform | None, *, last: bool) -> int:
+    writes = arch.target(name)
+    if writes is None or not writes.stream:
+        return 1
+    return -1 if last and name == writes.writers[-1] and isinstance(target, Affine) and target.within else 0
 
 
 def linear_maps(
@@ -192,9 +204,9 @@ def linear_maps(
     return source, target
 
 
-def _folded(old: nn.Linear, source: Transform | None, target: Transform | None, *, stream: bool) -> nn.Linear:
+def _folded(old: nn.Linear, source: Transform | None, target: Transform | None, *, shifts: int) -> nn.Linear:
     old_bias = None if old.bias is None else old.bias.double()
-    weight, bias = moved(old.weight.double(), old_bias, source, target, stream=stream)
+    weight, bias = moved(old.weight.double(), old_bias, source, target, shifts=shifts)
     return plain_linear(weight.to(old.weight.dtype), None if bias is None else bias.to(old.weight.dtype))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latmix.archs import Arch
-from latmix.model.attach import Attached, MovedEmbedding, MovedHead, MovedLinear, linear_maps
+from latmix.model.attach import Attached, MovedEmbedding, MovedHead, MovedLinear, linear_maps, seen_by_head
 from latmix.model.inputs import QuantizedInputs, quantize_inputs
 from latmix.model.parts import layers, linear
 from latmix.numerics import BlockFormat
@@ -66,6 +66,6 @@ def fold(attached: Attached, activations: BlockFormat | None) -> QuantizedInputs
         if isinstance(head, MovedHead) and isinstance(embedding, MovedEmbedding):
             stream_map = maps.folded(site.name, 0)
             assert stream_map is not None
-            model.set_submodule(arch.head, head.fold(stream_map))
+            model.set_submodule(arch.head, head.fold(seen_by_head(stream_map)))
             model.set_submodule(arch.embedding, embedding.fold(stream_map))
     return quantize_inputs(model, arch, attached.maps, activations)

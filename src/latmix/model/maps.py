@@ -61,19 +61,29 @@ class Maps(nn.Module):
             raise LatmixError(f"The transforms in '{path}' cannot be loaded: {error}") from error
 
 
-def build_transform(spec: str, size: int, block: int, seed: int) -> Transform:
-    """`"lu:init=identity"` → a transform of that size; `init` is block-hadamard unless given, `block` the format's.
+SHIFTS = ("none", "full", "layers")
+"""Whether a folded map has a learned shift, and how far the stream's reaches: to the head, which then has a bias, or to
+the end of the layers, whose last linear takes it off again. Elsewhere `full` and `layers` are the same."""
 
-    Raises: LatmixError: unknown transform, init or property.
+
+def build_transform(spec: str, size: int, block: int, seed: int) -> Transform:
+    """`"lu:init=identity"` → a transform of that size; `init` is block-hadamard unless given, `block` the format's,
+    `shift` none.
+
+    Raises: LatmixError: unknown transform, init, property or shift.
     """
     name, properties = parse_spec(spec)
+    shift = properties.pop("shift", "none")
+    if shift not in SHIFTS:
+        raise LatmixError(f"Transform '{spec}' has an unknown shift '{shift}'; known: {', '.join(SHIFTS)}.")
     init = properties.pop("init", "block-hadamard")
     width = properties.pop("block", str(block))
     if properties:
-        raise LatmixError(f"Transform '{spec}' has no property '{next(iter(properties))}'; known: init, block.")
+        raise LatmixError(f"Transform '{spec}' has no property '{next(iter(properties))}'; known: init, block, shift.")
     if not width.isdecimal():
         raise LatmixError(f"Transform '{spec}': block takes a whole number, not '{width}'.")
-    return TRANSFORMS[name](size, init, int(width), seed)
+    built = TRANSFORMS[name](size, init, int(width), seed)
+    return built if shift == "none" else Affine(built, within=shift == "layers")
 
 
 def build_maps(
@@ -82,11 +92,10 @@ def build_maps(
     folded: Mapping[str, str],
     online: Mapping[str, str],
     *,
-    shift: bool,
     block: int,
     seed: int,
 ) -> Maps:
-    """One map per site (per layer and KV head where the site is a layer's own), with a learned shift on request.
+    """One map per site (per layer and KV head where the site is a layer's own).
 
     Raises: LatmixError: a site or input that the architecture does not have.
     """
@@ -100,14 +109,12 @@ def build_maps(
         for layer in range(config.num_hidden_layers):
             parts = [build_transform(spec, width, block, seed + 1000 * layer + head) for head in range(heads)]
             in_place[f"{name}/{layer}"] = Block(parts)
-    if shift:
-        in_place = {key: Affine(value) if list(value.parameters()) else value for key, value in in_place.items()}
     at_run: dict[str, Transform] = {}
     for name, spec in online.items():
         arch.input(name)
         size = {"down": config.intermediate_size, "o": config.num_attention_heads * width}.get(name, config.hidden_size)
         at_run[name] = build_transform(spec, size, block, seed)
-        if not at_run[name].orthogonal:
+        if not at_run[name].orthogonal or at_run[name].shift is not None:
             raise LatmixError(f"The online transform '{spec}' at '{name}' is not orthogonal; choose a Hadamard.")
     maps = Maps(in_place, at_run)
     for key in at_run:

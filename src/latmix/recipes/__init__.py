@@ -54,8 +54,9 @@ def latmix_qr() -> Recipe:
 
 
 def _latmix(form: str) -> Recipe:
+    shifted = f"{form}:shift=full"
     return Recipe(
-        f"latmix-{form}", folded={"residual": form, "values": form}, online=ONLINE, shift=True, learning=Learning()
+        f"latmix-{form}", folded={"residual": shifted, "values": shifted}, online=ONLINE, learning=Learning()
     )
 
 

@@ -11,11 +11,13 @@ class Affine(Transform):
 
     Args:
         linear_part: any transform; a shift of its own is added to v.
+        within: on the residual stream, v ends with the last decoder layer, whose last linear takes it off again; the
+            head reads the linear part and needs no bias.
     """
 
-    def __init__(self, linear_part: Transform) -> None:
+    def __init__(self, linear_part: Transform, within: bool = False) -> None:
         super().__init__(linear_part.size, linear_part.orthogonal)
-        self.linear_part = linear_part
+        self.linear_part, self.within = linear_part, within
         self.offset = nn.Parameter(linear_part.reference.new_zeros(self.size))
 
     @property

@@ -1,0 +1,24 @@
+"""What an export is: a target's rules (`latmix.targets`) and the writer of its files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from latmix.export.source import Source
+from latmix.registry import Registry
+
+
+@dataclass(frozen=True)
+class Export:
+    """Attributes:
+    write: fills a folder with everything but the model card and the manifest; resumes what is half done.
+    serve: the exact commands that serve the finished folder.
+    engines: names of the runners in `latmix.export.engines` that can load it; the first is the default.
+    """
+
+    write: Callable[[Source, Path], None]
+    serve: Callable[[Path], str]
+    engines: Callable[[Source], tuple[str, ...]]
+
+
+EXPORTS: Registry[Export] = Registry("export")

@@ -1,0 +1,159 @@
+"""compressed-tensors, `mxfp4-pack-quantized`: what stock vLLM loads, and transformers with that package.
+
+The run's packed codes and scale bytes are this format's already and are copied. Added are zero biases where a stock
+model has either all of a group's biases or none, and the online transform as a `transform_config`. A randomised
+Hadamard before down_proj is served as a plain one: its signs fold into the rows of up_proj, whose codes carry a sign
+bit, so nothing is rounded again.
+
+Facts about the format: vLLM divides a stored transform by √size, so the matrix has entries ±1; the same tensor is
+expected at every linear it acts on. vLLM's kernels without 4-bit activations (Marlin, before Blackwell) ignore
+`input_activations`.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latmix.export.base import EXPORTS, Export
+from latmix.export.shards import Piece, write_shards
+from latmix.export.source import PACKED, Source, zeros
+from latmix.rundir import write_json
+from latmix.targets import ATTENTION, MLP, family
+from latmix.transforms import Hadamard
+
+SIGN_BITS = 0x88  # of the two codes in a byte
+
+
+def write(source: Source, folder: Path) -> None:
+    write_shards(list(pieces(source)), folder)
+    write_json(folder / "config.json", stock_config(source) | {"quantization_config": quantization_config(source)})
+
+
+def pieces(source: Source) -> Iterator[Piece]:
+    """Every tensor of the checkpoint, in the run's order, then what is added."""
+    flips = signs(source)
+    for name, shape in source.shapes.items():
+        dtype = torch.uint8 if ".weight_" in name else torch.bfloat16
+        flip = flips is not None and re.search(r"\.mlp\.up_proj\.(weight_packed|bias)$", name)
+        yield Piece(name, shape, dtype, partial(_flipped if flip else _plain, source, name, flips))
+    yield from missing_biases(source)
+    for spot in source.layout.online:
+        order = order_of(source, spot)
+        for index in range(source.layers):
+            for reader in source.arch.input(spot).readers:
+                name = f"{source.arch.layers}.{index}.{reader}.{spot}_input.weight"
+                yield Piece(name, (order, order), torch.bfloat16, partial(_sylvester, order))
+
+
+def _plain(source: Source, name: str, flips: Tensor | None) -> Tensor:
+    return source.tensor(name)
+
+
+def _flipped(source: Source, name: str, flips: Tensor | None) -> Tensor:
+    """The tensor with the sign of some rows turned."""
+    assert flips is not None
+    tensor = source.tensor(name)
+    if name.endswith(PACKED):
+        return torch.where(flips.unsqueeze(1), tensor ^ SIGN_BITS, tensor)
+    return torch.where(flips, -tensor, tensor)
+
+
+def _sylvester(order: int) -> Tensor:
+    return Hadamard(order, order).matrix().mul(order**0.5).round().to(torch.bfloat16)
+
+
+def signs(source: Source) -> Tensor | None:
+    """Which inputs of down_proj the online Hadamard negates; None where it has no signs."""
+    if "down" not in source.layout.online:
+        return None
+    map = source.maps.online("down", 0)
+    assert isinstance(map, Hadamard)
+    return None if map.signs is None else map.signs < 0
+
+
+def order_of(source: Source, spot: str) -> int:
+    map = source.maps.online(spot, 0)
+    assert isinstance(map, Hadamard)
+    ((order, _),) = map.segments  # a tail would need a width that no multiple of 32 has
+    return order
+
+
+def missing_biases(source: Source) -> Iterator[Piece]:
+    """A stock model has all biases of attention (or MLP) or none."""
+    stock = family(source.layout).name
+    groups = (ATTENTION, MLP) if stock == "llama" else (ATTENTION,) if stock == "qwen3" else ()
+    for group in groups:
+        if not group & source.layout.biases:
+            continue
+        for path in source.linears():
+            if path.endswith(tuple(group)) and f"{path}.bias" not in source.shapes:
+                rows = source.shapes[path + PACKED][0]
+                yield Piece(f"{path}.bias", (rows,), torch.bfloat16, partial(zeros, rows))
+
+
+def stock_config(source: Source) -> dict[str, Any]:
+    """The `config.json` of a stock model with room for the run's biases."""
+    arch, config = family(source.layout), dict(source.config)
+    if arch is not source.arch:  # Llama in place of Mistral or Qwen2
+        for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
+            config.pop(key, None)
+        heads = config["num_attention_heads"]
+        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    if arch.name in ("llama", "qwen3"):
+        config["attention_bias"] = bool(ATTENTION & source.layout.biases)
+    if arch.name == "llama":
+        config["mlp_bias"] = bool(MLP & source.layout.biases)
+    return config | {
+        "model_type": arch.name,
+        "architectures": [arch.causal_lm],
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+
+
+def quantization_config(source: Source) -> dict[str, Any]:
+    scheme = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
+    scheme["scale_dtype"] = "torch.uint8"
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": [source.arch.head],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**scheme, "dynamic": False},
+                "input_activations": {**scheme, "dynamic": True},
+                "output_activations": None,
+                "format": "mxfp4-pack-quantized",
+            }
+        },
+    }
+    if source.layout.online:
+        config["transform_config"] = {
+            "config_groups": {spot: _online(source, spot) for spot in source.layout.online}
+        }
+    return config
+
+
+def _online(source: Source, spot: str) -> dict[str, Any]:
+    targets = [f"re:.*{reader.replace('.', '[.]')}$" for reader in source.arch.input(spot).readers]
+    apply = {"targets": targets, "location": "input", "inverse": False}
+    return {"type": "hadamard", "head_dim": order_of(source, spot), "apply": [apply]}
+
+
+def serve(folder: Path) -> str:
+    return f"vllm serve {folder}"
+
+
+def engines(source: Source) -> tuple[str, ...]:
+    """transformers ignores `transform_config`, without a word."""
+    return ("vllm",) if source.layout.online else ("vllm", "transformers")
+
+
+EXPORTS.add("compressed-tensors", Export(write, serve, engines))

@@ -1,0 +1,34 @@
+"""transformers: with compressed-tensors, or with latmix's own quantizer where the folder says so."""
+
+import json
+import sys
+
+import numpy as np
+import torch
+import transformers
+
+
+def main(folder: str, request_file: str, answer_file: str) -> None:
+    with open(request_file) as file:
+        request = json.load(file)
+    with open(f"{folder}/config.json") as file:
+        if json.load(file)["quantization_config"]["quant_method"] == "latmix":
+            import latmix  # noqa: F401  (registers the quantizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        found = [model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1) for ids in request["windows"]]
+    prompt = torch.tensor([request["prompt"]])
+    wish = {"max_new_tokens": request["continue"], "min_new_tokens": request["continue"], "do_sample": False}
+    continued = model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **wish)
+    np.savez(
+        answer_file,
+        logprobs=torch.stack(found).numpy(),
+        greedy=continued[0, prompt.shape[1] :].numpy(),
+        tokens=np.array(tokenizer(request["text"])["input_ids"]),
+        engine=np.array(f"transformers {transformers.__version__}"),
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,103 @@
+"""Tensors to safetensors shards, one shard in memory at a time; a killed export goes on where it stopped.
+
+A shard is written under a temporary name and renamed, so one that has its name is whole. What the folder is being filled
+with is noted first (`plan.json`): another export, or the same of a changed run, does not resume it.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latmix.errors import LatmixError
+from latmix.rundir import read_json, write_json
+
+SHARD = 2**31
+"""Bytes in a shard, at most (a larger tensor has a shard of its own)."""
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the export, made when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def begin(out: Path, plan: Any) -> Path:
+    """The folder `OUT.partial` to fill: new, or that of a killed export with the same plan.
+
+    Raises: LatmixError: `out` exists, or the partial folder is another export's.
+    """
+    if out.exists():
+        raise LatmixError(f"The output folder '{out}' exists; choose another --out or remove it.")
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    if any(partial.iterdir()) and (not (partial / PLAN).exists() or read_json(partial / PLAN) != plan):
+        raise LatmixError(f"'{partial}' is another export's, or of a run that has changed since; remove it first.")
+    write_json(partial / PLAN, plan)
+    return partial
+
+
+def finish(partial: Path, out: Path) -> None:
+    (partial / PLAN).unlink()
+    os.replace(partial, out)
+
+
+def write_shards(pieces: list[Piece], folder: Path, limit: int = SHARD) -> None:
+    """`model-00001-of-0000N.safetensors` and their index, or one `model.safetensors`. Finished shards are skipped."""
+    groups = grouped(pieces, limit)
+    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else ["model.safetensors"]
+    for name, group in zip(names, groups, strict=True):
+        if (folder / name).exists():
+            continue
+        tensors = {piece.name: piece.make().contiguous() for piece in group}
+        temporary = folder / f"{name}.tmp"
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / name)
+    if len(groups) > 1:
+        where = {piece.name: name for name, group in zip(names, groups, strict=True) for piece in group}
+        total = sum(piece.bytes for piece in pieces)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def grouped(pieces: list[Piece], limit: int) -> list[list[Piece]]:
+    """In order, each group at most `limit` bytes unless it is a single piece."""
+    groups: list[list[Piece]] = [[]]
+    filled = 0
+    for piece in pieces:
+        if groups[-1] and filled + piece.bytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(piece)
+        filled += piece.bytes
+    return groups
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def plan_of(source: Path, target: str, version: str) -> dict[str, Any]:
+    """What an export is made from: the run's files by content."""
+    files = {file.name: digest(file) for file in sorted(source.iterdir()) if file.is_file()}
+    return json.loads(json.dumps({"target": target, "version": version, "run": files}))  # type: ignore[no-any-return]

@@ -1,0 +1,140 @@
+"""A run directory as an exporter sees it: names and shapes at once, tensors one by one.
+
+What the run holds is read from its tensors, not concluded from its recipe: where there are biases is where bias tensors
+are. Nothing here builds a model.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from latmix import recipes
+from latmix.archs import Arch
+from latmix.errors import LatmixError
+from latmix.model.load import read_arch
+from latmix.model.maps import Maps, build_maps
+from latmix.numerics import parse_format
+from latmix.recipe import Recipe
+from latmix.rundir import RECIPE, SUMMARY, TRANSFORMS, is_run, read_json
+from latmix.targets import HEAD, Layout
+
+PACKED, SCALE = ".weight_packed", ".weight_scale"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Attributes:
+    config: the model's `config.json`.
+    files: tensor → the file that holds it.
+    shapes: tensor → its shape.
+    """
+
+    path: Path
+    recipe: Recipe
+    summary: dict[str, Any]
+    arch: Arch
+    config: dict[str, Any]
+    maps: Maps
+    layout: Layout
+    files: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    def linears(self) -> list[str]:
+        """Paths of the quantized linears, layer by layer."""
+        return [f"{self.arch.layers}.{index}.{name}" for index in range(self.layers) for name in self.arch.linears]
+
+    def tensor(self, name: str) -> Tensor:
+        """Raises: LatmixError: the file is damaged."""
+        try:
+            with safe_open(self.files[name], "pt") as file:
+                found: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise LatmixError(f"'{name}' in '{self.files[name]}' cannot be read: {error}.") from error
+        if name.endswith(SCALE) and self.layout.weights.scale_element == "e8m0" and bool((found == 255).any()):
+            raise LatmixError(f"'{name}' in '{self.files[name]}' holds NaN scales.")
+        return found
+
+
+def open_run(path: Path) -> Source:
+    """Raises: LatmixError: no run, or a run whose tensors are damaged, missing or of other shapes than it says."""
+    if not is_run(path):
+        raise LatmixError(f"'{path}' is not a run directory; make one with latmix quantize MODEL --out RUN.")
+    recipe, arch = recipes.find(str(path / RECIPE)), read_arch(path)
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
+    maps = build_maps(arch, config, recipe.folded, recipe.online, block=activations.block, seed=recipe.seed)
+    maps.restore(path / TRANSFORMS)
+    files, shapes = _tensors(path)
+    prefix = f"{arch.layers}.0."
+    widths = {}
+    for name in arch.linears:
+        key = f"{prefix}{name}{PACKED}"
+        if key not in shapes:
+            raise LatmixError(f"The run '{path}' lacks the tensor '{key}'.")
+        widths[name] = shapes[key][-1] * 8 // weights.element.bits
+    layout = Layout(
+        arch, weights, activations, widths, _biases(arch, shapes), recipe.online, sliding=sliding(config.to_dict())
+    )
+    source = Source(
+        path, recipe, read_json(path / SUMMARY), arch, read_json(path / "config.json"), maps, layout, files, shapes
+    )
+    _check(source)
+    return source
+
+
+def sliding(config: dict[str, Any]) -> bool:
+    """Whether some layer attends to a window only."""
+    return bool(config.get("sliding_window")) and bool(config.get("use_sliding_window", True))
+
+
+def _biases(arch: Arch, shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:
+    paths = [name.removesuffix(".bias") for name in shapes if name.endswith(".bias")]
+    found = {name for path in paths for name in arch.linears if path.startswith(arch.layers) and path.endswith(name)}
+    return frozenset(found | ({HEAD} if arch.head in paths else set()))
+
+
+def _tensors(path: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+    files: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(path.glob("quantized*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (no mapping)
+                    files[name], shapes[name] = file, tuple(opened.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise LatmixError(f"'{file}' is cut short or damaged: {error}.") from error
+    if not files:
+        raise LatmixError(f"The run '{path}' holds no quantized*.safetensors.")
+    return files, shapes
+
+
+def _check(source: Source) -> None:
+    """Every linear of every layer is there, its scales fit its codes, and nothing is there that has no owner."""
+    block, bits = source.layout.weights.block, source.layout.weights.element.bits
+    known = {f"{source.arch.embedding}.weight", f"{source.arch.head}.weight", f"{source.arch.head}.bias"}
+    for path in source.linears():
+        for key in (path + PACKED, path + SCALE):
+            if key not in source.shapes:
+                raise LatmixError(f"The run '{source.path}' lacks the tensor '{key}'.")
+        (rows, width), scales = source.shapes[path + PACKED], source.shapes[path + SCALE]
+        if scales != (rows, -(-(width * 8 // bits) // block)):
+            raise LatmixError(f"The scales of '{path}' are {scales}, which does not fit its codes.")
+        known |= {path + PACKED, path + SCALE, f"{path}.weight_global_scale", f"{path}.bias"}
+    for name in (f"{source.arch.embedding}.weight", f"{source.arch.head}.weight"):
+        if name not in source.shapes:
+            raise LatmixError(f"The run '{source.path}' lacks the tensor '{name}'.")
+    if strange := [name for name in source.shapes if name not in known and "norm" not in name]:
+        raise LatmixError(f"The run '{source.path}' holds '{strange[0]}', which no export knows.")
+
+
+def zeros(rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=torch.bfloat16)

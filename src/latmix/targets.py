@@ -1,0 +1,245 @@
+"""What the engines that serve a model can express: known before anything is learned, and asked again by the export.
+
+An engine takes a fixed architecture: a bias where it has a slot for one, an online transform where it has a place for
+one, the formats it has arithmetic for. `Layout` is what a run asks for; a `Target` answers with `Refusal`s, each with its
+reason and the recipe settings that avoid it. `fit` applies those settings before learning (`--set target=…`), so that
+what is learned is what can be served; the export only refuses. No torch here: a layout is words.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from latmix.archs import ARCHS, Arch
+from latmix.errors import LatmixError
+from latmix.numerics.formats import BlockFormat, parse_format
+from latmix.recipe import Recipe, override
+from latmix.registry import Registry, parse_spec
+
+HEAD = "lm_head"
+SERVED = "mxfp4:scale=even"
+ATTENTION = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"})
+MLP = frozenset({"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"})
+QKV = ATTENTION - {"self_attn.o_proj"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a quantized model asks of an engine.
+
+    Attributes:
+        widths: input width of every quantized linear of a layer.
+        biases: linears of a layer that have a bias in any layer; `lm_head` where the head has one.
+        online: input → specification of its online transform.
+        sliding: attention is limited to a window.
+    """
+
+    arch: Arch
+    weights: BlockFormat
+    activations: BlockFormat
+    widths: Mapping[str, int]
+    biases: frozenset[str]
+    online: Mapping[str, str]
+    sliding: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an engine cannot serve a layout. `settings` (recipe keys) avoid it; none where nothing does."""
+
+    reason: str
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        keys = " ".join(f"--set {key}={value}" for key, value in self.settings.items())
+        return f"{self.reason} ({keys} avoids it)" if keys else self.reason
+
+
+@dataclass(frozen=True)
+class Target:
+    """An export format and the engine it is for. `refusals` takes a layout and the recipe that led to it."""
+
+    name: str
+    about: str
+    refusals: Callable[[Layout, Recipe], list[Refusal]]
+
+
+TARGETS: Registry[Target] = Registry("target")
+
+
+def expected_biases(arch: Arch, recipe: Recipe, native: frozenset[str]) -> frozenset[str]:
+    """Where a run of this recipe has biases: the model's own, and those that shifts leave behind."""
+    found = set(native)
+    for name, spec in recipe.folded.items():
+        shift, site = parse_spec(spec)[1].get("shift", "none"), arch.site(name)
+        if shift != "none":
+            found |= {*site.readers, *(() if site.stream else site.writers)}
+        if site.stream and shift == "full":
+            found.add(HEAD)
+        elif site.stream and shift == "layers":
+            found.add(site.writers[-1])
+    return frozenset(found)
+
+
+def fit(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe changed until its target can serve it; as it is where it names no target.
+
+    Raises: LatmixError: unknown target, or no setting helps; gives the reason.
+    """
+    if recipe.target is None:
+        return recipe
+    target, native = TARGETS[recipe.target], layout.biases
+    while refusals := target.refusals(expected(recipe, layout, native), recipe):
+        if not refusals[0].settings:
+            raise LatmixError(f"The target '{target.name}' cannot serve this: {refusals[0].reason}.")
+        recipe = override(recipe, refusals[0].settings)
+    return recipe
+
+
+def expected(recipe: Recipe, layout: Layout, native: frozenset[str]) -> Layout:
+    return dataclasses.replace(
+        layout,
+        weights=parse_format(recipe.weights),
+        activations=parse_format(recipe.activations),
+        biases=expected_biases(layout.arch, recipe, native),
+        online=recipe.online,
+    )
+
+
+def refuse(target: Target, layout: Layout, recipe: Recipe) -> None:
+    """Raises: LatmixError: the target cannot serve this layout; names the reason and the settings that fit."""
+    if refusals := target.refusals(layout, recipe):
+        fits = all(refusal.settings for refusal in refusals)
+        advice = f"; learn it for this target with --set target={target.name}" if fits else ""
+        reasons = "; ".join(map(str, refusals))
+        raise LatmixError(f"'{target.name}' cannot express this run: {reasons}{advice}.")
+
+
+def family(layout: Layout) -> Arch:
+    """The architecture to declare: the model's own, or Llama where only Llama's stock form has slots for the biases.
+
+    Mistral and Qwen2 without a sliding window compute what Llama computes.
+    """
+    arch = layout.arch
+    if arch.name in ("mistral", "qwen2") and not layout.sliding and layout.biases - slots(arch.name):
+        return ARCHS["llama"]
+    return arch
+
+
+def slots(name: str) -> frozenset[str]:
+    """Linears of a stock model of this family that can be given a bias, in transformers and in vLLM both."""
+    return {"llama": ATTENTION | MLP, "qwen2": QKV, "qwen3": QKV, "mistral": frozenset[str]()}[name]
+
+
+def without_shift(recipe: Recipe, site: str) -> dict[str, str]:
+    return {f"folded.{site}": respelled(recipe.folded[site], "none")} if site in recipe.folded else {}
+
+
+def respelled(spec: str, shift: str) -> str:
+    """The same transform with this shift."""
+    name, properties = parse_spec(spec)
+    properties = {key: value for key, value in properties.items() if key != "shift"}
+    if shift != "none":
+        properties["shift"] = shift
+    tail = ",".join(f"{key}={value}" for key, value in properties.items())
+    return f"{name}:{tail}" if tail else name
+
+
+def format_refusals(layout: Layout, *, activations: bool) -> list[Refusal]:
+    """Only MXFP4 in blocks of 32, and activations under the rule that the engines use."""
+    found = []
+    if (layout.weights.name, layout.weights.block) != ("mxfp4", 32):
+        found.append(Refusal(f"its weights are {layout.weights}, not mxfp4", {"weights": SERVED}))
+    if activations and layout.activations != parse_format(SERVED):
+        found.append(
+            Refusal(f"it rounds activations as {layout.activations}, the engine as {SERVED}", {"activations": SERVED})
+        )
+    narrow = sorted({f"{width}" for width in layout.widths.values() if width % 32})
+    if narrow:
+        found.append(Refusal(f"a linear's input width of {', '.join(narrow)} is no multiple of the block of 32"))
+    return found
+
+
+def bias_refusals(layout: Layout, recipe: Recipe) -> list[Refusal]:
+    found, served = [], slots(family(layout).name)
+    if HEAD in layout.biases:
+        found.append(Refusal("its head has a bias, for which stock models have no place", _no_head(layout, recipe)))
+    beyond = sorted(layout.biases - served - {HEAD})
+    for site in layout.arch.sites:
+        here = [name for name in beyond if name in (*site.readers, *site.writers)]
+        if here and without_shift(recipe, site.name) and "shift" in recipe.folded[site.name]:
+            found.append(Refusal(f"{', '.join(here)} of {layout.arch.name} cannot have a bias", without_shift(recipe, site.name)))
+            return found
+    if beyond:
+        found.append(Refusal(f"{', '.join(beyond)} of {layout.arch.name} cannot have a bias"))
+    return found
+
+
+def _no_head(layout: Layout, recipe: Recipe) -> dict[str, str]:
+    """Keep the shift within the layers where every linear can have a bias; give it up elsewhere."""
+    for site in layout.arch.sites:
+        if site.stream and site.name in recipe.folded:
+            room = MLP <= slots(family(layout).name) and not layout.online
+            return {f"folded.{site.name}": respelled(recipe.folded[site.name], "layers" if room else "none")}
+    return {}
+
+
+def online_refusals(layout: Layout, recipe: Recipe) -> list[Refusal]:
+    """vLLM asserts that a linear with an online transform has no bias, and only Hadamards are alike in every layer."""
+    found = []
+    for spot, spec in layout.online.items():
+        kind = parse_spec(spec)[0]
+        plain = kind == "block-hadamard" or (kind == "hadamard" and spot == "down")
+        if not plain:
+            settings = {f"online.{spot}": "block-hadamard"}
+            found.append(Refusal(f"the online transform '{spec}' at '{spot}' is no plain block-Hadamard", settings))
+        group = next((group for group in (ATTENTION, MLP) if group & {*layout.arch.input(spot).readers}), frozenset())
+        if group & layout.biases:
+            found.append(
+                Refusal(
+                    f"vLLM serves no linear that has both an online transform and a bias, as at '{spot}'",
+                    _unbias(layout, recipe, group) or {f"online.{spot}": "none"},
+                )
+            )
+    return found
+
+
+def _unbias(layout: Layout, recipe: Recipe, group: frozenset[str]) -> dict[str, str]:
+    """Give up the stream's shift, where that is what the biases of these linears come from."""
+    for site in layout.arch.sites:
+        shifted = "shift" in parse_spec(recipe.folded.get(site.name, "none"))[1]
+        if site.stream and shifted and not group & expected_biases(
+            layout.arch, override(recipe, without_shift(recipe, site.name)), frozenset()
+        ):
+            return without_shift(recipe, site.name)
+    return {}
+
+
+def _compressed_tensors(layout: Layout, recipe: Recipe) -> list[Refusal]:
+    return [
+        *format_refusals(layout, activations=True),
+        *bias_refusals(layout, recipe),
+        *online_refusals(layout, recipe),
+    ]
+
+
+def _gguf(layout: Layout, recipe: Recipe) -> list[Refusal]:
+    online = [
+        Refusal(f"llama.cpp has no online transforms, and '{spot}' needs one", {f"online.{spot}": "none"})
+        for spot in layout.online
+    ]
+    unknown = [Refusal("llama.cpp's Qwen3 has no biases")] if layout.arch.name == "qwen3" and layout.biases else []
+    sliding = [Refusal("attention within a sliding window is not written to GGUF")] if layout.sliding else []
+    return [*format_refusals(layout, activations=False), *online, *bias_refusals(layout, recipe), *unknown, *sliding]
+
+
+def _transformers(layout: Layout, recipe: Recipe) -> list[Refusal]:
+    return []
+
+
+for _target in (
+    Target("compressed-tensors", "vLLM, and transformers where nothing runs online", _compressed_tensors),
+    Target("transformers", "transformers after `import latmix`; every recipe", _transformers),
+    Target("gguf", "llama.cpp; dense MXFP4 and biases, nothing online", _gguf),
+):
+    TARGETS.add(_target.name, _target)

@@ -1,0 +1,67 @@
+"""MXFP4 on vLLM's CPU platform, which has no kernel for it: a stand-in for what vLLM does on accelerators.
+
+For tests only; no product of ours is needed to serve a checkpoint on a GPU. It shares no code with latmix, so that it
+checks latmix's reading of the format: codes and scales are decoded at load, activations rounded as vLLM's own emulation
+does (block of 32, scale rule EVEN, ties to even). The second half replaces an operation that exists for CUDA only.
+"""
+
+import torch
+from torch.nn import functional as F
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def decoded(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    codes = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2).long()
+    return table[codes] * torch.exp2(scale.float() - 127.0).repeat_interleave(32, dim=-1)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Quantize and dequantize in blocks of 32."""
+    blocks = x.float().unflatten(-1, (-1, 32))
+    peak = blocks.abs().amax(-1, keepdim=True)
+    # EVEN: the peak is rounded to E2M1's one mantissa bit before its exponent is taken.
+    bits = (peak.view(torch.int32) + (1 << 21)) & 0x7F800000
+    exponent = ((bits >> 23) - 127 - 2).clamp(-127, 127)
+    scaled = blocks / torch.exp2(exponent.float())
+    magnitude = scaled.abs().clamp(max=6.0)
+    step = torch.where(magnitude < 2.0, 0.5, torch.where(magnitude < 4.0, 1.0, 2.0))
+    values = (magnitude / step).round() * step * scaled.sign()
+    return (values * torch.exp2(exponent.float())).flatten(-2).to(x.dtype)
+
+
+def hadamard(x: torch.Tensor, inplace: bool = True) -> torch.Tensor:
+    matrix, size = torch.ones(1, 1), x.shape[-1]
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return x @ (matrix / size**0.5).to(x.dtype)
+
+
+def register() -> None:
+    import vllm._custom_ops as ops
+    from vllm.model_executor.kernels.linear import register_linear_kernel
+    from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearKernel
+    from vllm.platforms import PlatformEnum
+
+    class CpuMxFp4(MxFp4LinearKernel):
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+            return True, None
+
+        @classmethod
+        def can_implement(cls, config: object) -> tuple[bool, str | None]:
+            return True, None
+
+        def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+            weight = decoded(layer.weight.data, layer.weight_scale.data)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+        def apply_weights(
+            self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            x = x if self.config.activation_quant_key is None else rounded(x)
+            return F.linear(x, layer.weight.to(x.dtype), bias)
+
+    register_linear_kernel(CpuMxFp4, PlatformEnum.CPU, "mxfp4")
+    ops.hadacore_transform = hadamard
