@@ -27,6 +27,7 @@ from latmix.model.attach import Attached, attach
 from latmix.model.calibrate import quantize_weights
 from latmix.model.fold import absorb_gains, fold
 from latmix.model.inputs import quantize_inputs
+from latmix.model.layout import layout_of
 from latmix.model.load import Loaded, load
 from latmix.model.maps import Maps, build_maps, reports
 from latmix.model.parts import layers, linear
@@ -35,6 +36,7 @@ from latmix.progress import Progress
 from latmix.recipe import Recipe, override
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, is_run, new_run, write_json
 from latmix.stages import Stages
+from latmix.targets import fit
 from latmix.weights import parse_quantizer
 
 LONGEST_WINDOW = 2048  # the field's window for perplexity, where the model can take it
@@ -77,7 +79,8 @@ def quantize(
     Args:
         recipe: a preset's name, a JSON file or a `Recipe`.
         calibration: a text file; the embedded Wikipedia text unless given.
-        seed: replaces the recipe's.
+        seed: replaces the recipe's. Where the recipe names a target, what that cannot express is left out of it, and the
+            run holds the recipe as changed.
         settings: dotted recipe keys to replace, values as text (`{"learning.steps": "50"}`).
 
     Raises: LatmixError: bad input, in one sentence; nothing is left behind.
@@ -91,6 +94,7 @@ def quantize(
             corpus = read_text(calibration or CALIBRATION, recipe.calibration.separator)
             loaded = load(model)
             taught, held_out = calibration_windows(corpus, loaded.tokenizer, recipe.calibration, loaded.longest)
+            recipe = fit(recipe, layout_of(loaded.model, loaded.arch, recipe))
             absorb_gains(loaded.model, loaded.arch)
         student, maps, float_change = _transform(loaded, taught, held_out, recipe, folder, stages, progress)
         with stages.stage("quantize"):
@@ -159,8 +163,8 @@ def evaluate(
     )
 
 
-def restore(path: Path) -> Loaded:
-    """The model of a run, weights decoded, activations quantized as in the run.
+def restore(path: Path, rounded: bool = True) -> Loaded:
+    """The model of a run, weights decoded, activations quantized as in the run, or with `rounded=False` left alone.
 
     Raises: LatmixError: the run is damaged.
     """
@@ -169,7 +173,7 @@ def restore(path: Path) -> Loaded:
     loaded = checkpoint.restore(path, parse_format(recipe.weights))
     maps = _maps(loaded, recipe, activations)
     maps.restore(path / TRANSFORMS)
-    quantize_inputs(loaded.model, loaded.arch, maps, activations)
+    quantize_inputs(loaded.model, loaded.arch, maps, activations if rounded else None)
     return loaded
 
 

@@ -9,6 +9,7 @@ what is learned is what can be served; the export only refuses. No torch here: a
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from latmix.archs import ARCHS, Arch
 from latmix.errors import LatmixError
@@ -81,6 +82,11 @@ def expected_biases(arch: Arch, recipe: Recipe, native: frozenset[str]) -> froze
     return frozenset(found)
 
 
+def sliding(config: Mapping[str, Any]) -> bool:
+    """Whether some layer attends to a window only."""
+    return bool(config.get("sliding_window")) and bool(config.get("use_sliding_window", True))
+
+
 def fit(recipe: Recipe, layout: Layout) -> Recipe:
     """The recipe changed until its target can serve it; as it is where it names no target.
 
@@ -88,20 +94,21 @@ def fit(recipe: Recipe, layout: Layout) -> Recipe:
     """
     if recipe.target is None:
         return recipe
-    target, native = TARGETS[recipe.target], layout.biases
-    while refusals := target.refusals(expected(recipe, layout, native), recipe):
+    target = TARGETS[recipe.target]
+    while refusals := target.refusals(expected(recipe, layout), recipe):
         if not refusals[0].settings:
             raise LatmixError(f"The target '{target.name}' cannot serve this: {refusals[0].reason}.")
         recipe = override(recipe, refusals[0].settings)
     return recipe
 
 
-def expected(recipe: Recipe, layout: Layout, native: frozenset[str]) -> Layout:
+def expected(recipe: Recipe, layout: Layout) -> Layout:
+    """What a run of this recipe will ask for, where the unquantized model's layout is `layout`."""
     return dataclasses.replace(
         layout,
         weights=parse_format(recipe.weights),
         activations=parse_format(recipe.activations),
-        biases=expected_biases(layout.arch, recipe, native),
+        biases=expected_biases(layout.arch, recipe, layout.biases),
         online=recipe.online,
     )
 

@@ -1,0 +1,8 @@
+"""Exports: what was measured is what is served. To add a target: its rules in `latmix.targets`, its writer in a file here."""
+
+from latmix.export import compressed_tensors, gguf, transformers  # noqa: F401  (each registers itself)
+from latmix.export.base import EXPORTS, Export
+from latmix.export.folder import export, open_export
+from latmix.export.verify import Verdict, installed, verify
+
+__all__ = ["EXPORTS", "Export", "Verdict", "export", "installed", "open_export", "verify"]

@@ -21,7 +21,7 @@ from latmix.model.maps import Maps, build_maps
 from latmix.numerics import parse_format
 from latmix.recipe import Recipe
 from latmix.rundir import RECIPE, SUMMARY, TRANSFORMS, is_run, read_json
-from latmix.targets import HEAD, Layout
+from latmix.targets import HEAD, Layout, sliding
 
 PACKED, SCALE = ".weight_packed", ".weight_scale"
 
@@ -89,11 +89,6 @@ def open_run(path: Path) -> Source:
     )
     _check(source)
     return source
-
-
-def sliding(config: dict[str, Any]) -> bool:
-    """Whether some layer attends to a window only."""
-    return bool(config.get("sliding_window")) and bool(config.get("use_sliding_window", True))
 
 
 def _biases(arch: Arch, shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:

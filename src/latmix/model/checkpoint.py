@@ -57,6 +57,8 @@ def save(
     kept = {name: tensor.to(KEPT) for name, tensor in model.state_dict().items() if name not in packed}
     save_file({name: tensor.cpu().contiguous() for name, tensor in (tensors | kept).items()}, out / FILE)
     model.config.save_pretrained(out)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -1,0 +1,78 @@
+"""The model card, README.md of an export: what it is, what it costs, how it is served, what was verified."""
+
+from pathlib import Path
+from typing import Any
+
+from latmix.export.base import EXPORTS
+from latmix.rundir import read_json
+
+CARD, VERDICT = "README.md", "verdict.json"
+
+CAVEATS = {
+    "compressed-tensors": (
+        "vLLM computes with 4-bit activations on Blackwell GPUs (SM100 and later); older GPUs run the 4-bit weights with "
+        "16-bit activations (Marlin), so their results differ slightly, usually for the better."
+    ),
+    "transformers": (
+        "Needs `import latmix` before loading; without it transformers refuses the folder, whose model type it does not "
+        "know. Weights stay packed in memory and are decoded in every forward: small, not fast."
+    ),
+    "gguf": "llama.cpp rounds activations to 8 bits, not to MXFP4, so its results lie nearer to full precision.",
+}
+
+
+def write(folder: Path, final: Path) -> None:
+    """Write the card of `folder`, which will be called `final`."""
+    manifest = read_json(folder / "latmix.json")
+    recipe, target = manifest["recipe"], manifest["target"]
+    held_out = manifest["held_out"]
+    online = ", ".join(f"`{spec}` at the input of {spot}" for spot, spec in manifest["online"].items()) or "none"
+    served = sum(
+        entry["bytes"] for name, entry in manifest["files"].items() if name.endswith((".safetensors", ".gguf"))
+        and not name.startswith("fingerprint")
+    )
+    text = f"""---
+library_name: {"transformers" if target != "gguf" else "gguf"}
+tags: [mxfp4, latmix, {target}]
+---
+
+Quantized by [latmix](https://arxiv.org/abs/2602.17681) {manifest["latmix"]}, recipe `{recipe["name"]}`, exported to {target}.
+
+- Weights `{recipe["weights"]}`, activations `{recipe["activations"]}` (the scale rule they were learned under).
+- Embedding, norms, head and biases in bfloat16; the head is untied.
+- Online transforms: {online}. Biases: {", ".join(manifest["biases"]) or "none"}.
+- {served:,} bytes of tensors; {manifest["bf16_bytes"]:,} in bfloat16.
+
+On held-out calibration text: perplexity {held_out["perplexity"]["mean"]:.3f}, KL to the original
+{held_out["kl"]["mean"]:.4f} nats a token, top-1 agreement {100 * held_out["top1_agreement"]["mean"]:.1f} %.
+
+## Serve
+
+    {EXPORTS[target].serve(final).replace(chr(10), chr(10) + "    ")}
+
+{CAVEATS[target]}{IGNORED if target == "compressed-tensors" and manifest["online"] else ""}
+
+## Verified
+
+{_verdicts(folder)}
+"""
+    (folder / CARD).write_text(text, "utf-8")
+
+
+IGNORED = """
+
+**Do not load this with transformers:** it ignores `transform_config` without an error and computes nonsense. vLLM applies
+it."""
+
+
+def _verdicts(folder: Path) -> str:
+    if not (folder / VERDICT).exists():
+        return f"Not yet: no engine has loaded this folder. Run `latmix verify {folder.name.removesuffix('.partial')}`."
+    found: dict[str, dict[str, Any]] = read_json(folder / VERDICT)
+    rows = [
+        f"| {each['engine']} | {each['perplexity']:.4f} | {each['run_perplexity']:.4f} | {each['kl']:.2e} | "
+        f"{each['greedy']} of {each['of']} | {'yes' if each['passed'] else '**no**'} | {each['date']} |"
+        for each in found.values()
+    ]
+    head = "| engine | perplexity | of the run | KL to the run | same greedy tokens | agrees | date |\n"
+    return head + "|---|---|---|---|---|---|---|\n" + "\n".join(rows)

@@ -1,0 +1,112 @@
+"""From a run to a finished folder: check, write, fingerprint, describe, rename.
+
+The folder carries what a later check needs: `latmix.json`, with the SHA-256 of every file it was made of, and
+`fingerprint.safetensors`, what the run itself answers on a text.
+"""
+
+import dataclasses
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from latmix.errors import LatmixError
+from latmix.export import card, fingerprint
+from latmix.export.base import EXPORTS
+from latmix.export.shards import PLAN, begin, digest, finish, plan_of
+from latmix.export.source import Source, open_run
+from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, read_json, write_json
+from latmix.targets import TARGETS, refuse
+
+MANIFEST, VERSION = "latmix.json", 1
+LATER = (MANIFEST, PLAN, card.CARD, card.VERDICT)  # not under checksums: written, or written again, at the end
+OURS = (RECIPE, SUMMARY, METRICS, TRANSFORMS, "config.json")
+
+
+def export(run: Path, to: str, out: Path) -> Path:
+    """Write `run` in the format `to` into the new folder `out`. A killed export resumes when called again.
+
+    Cost: one shard in memory while writing; then, for the fingerprint, the run's model in float32.
+    Raises: LatmixError: unknown target, a run that it cannot express (the reason, and what fits), or a damaged run.
+    """
+    target, exporter = TARGETS[to], EXPORTS[to]
+    source = open_run(run)
+    refuse(target, source.layout, source.recipe)
+    folder = begin(out, plan_of(run, to, version("latmix")))
+    exporter.write(source, folder)
+    for file in sorted(run.iterdir()):
+        if file.is_file() and file.name not in OURS and not file.name.startswith("quantized"):
+            shutil.copyfile(file, folder / file.name)
+    fingerprint.take(run, folder)
+    write_json(folder / MANIFEST, _manifest(source, to, exporter.engines(source), folder))
+    card.write(folder, out)
+    finish(folder, out)
+    return out
+
+
+def _manifest(source: Source, to: str, engines: tuple[str, ...], folder: Path) -> dict[str, Any]:
+    files = sorted(file.name for file in folder.iterdir() if file.name not in LATER)
+    return {
+        "version": VERSION,
+        "latmix": version("latmix"),
+        "target": to,
+        "engines": list(engines),
+        "recipe": json.loads(source.recipe.to_json()),
+        "online": dict(source.layout.online),
+        "biases": sorted(source.layout.biases),
+        "weights": sum(_weights(source, path) for path in source.linears()),
+        "bf16_bytes": 2 * _parameters(source),
+        "held_out": source.summary["held_out"],
+        "calibration": source.summary["calibration"],
+        "versions": source.summary["versions"],
+        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)} for name in files},
+    }
+
+
+def _weights(source: Source, path: str) -> int:
+    rows, width = source.shapes[f"{path}.weight_packed"]
+    return rows * width * 8 // source.layout.weights.element.bits
+
+
+def _parameters(source: Source) -> int:
+    """Of the model before quantization, whose head may have been the embedding."""
+    kept = [source.shapes[f"{path}.weight"] for path in (source.arch.embedding, source.arch.head)]
+    return sum(rows * width for rows, width in kept) + sum(_weights(source, path) for path in source.linears())
+
+
+def open_export(folder: Path) -> dict[str, Any]:
+    """The manifest of an export whose files are all as they were written.
+
+    Raises: LatmixError: no export, one of another version, or a file missing, cut short or changed.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise LatmixError(f"'{folder}' is no export of latmix: it has no {MANIFEST}.")
+    manifest = read_json(folder / MANIFEST)
+    found = manifest.get("version") if isinstance(manifest, dict) else None
+    if found != VERSION:
+        raise LatmixError(f"The export '{folder}' has version {found}; this latmix reads version {VERSION}.")
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise LatmixError(f"The export '{folder}' is incomplete: '{name}' is missing.")
+        if file.stat().st_size != entry["bytes"]:
+            raise LatmixError(f"'{file}' is cut short or changed: {file.stat().st_size} bytes of {entry['bytes']}.")
+        if digest(file) != entry["sha256"]:
+            raise LatmixError(f"'{file}' has been changed since the export: its SHA-256 differs from {MANIFEST}.")
+    checked: dict[str, Any] = manifest
+    return checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """Bytes of the folder's tensor files, and of the original in bfloat16."""
+
+    bytes: int
+    bf16_bytes: int
+
+
+def weight_of(folder: Path, manifest: dict[str, Any]) -> Weight:
+    tensors = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf")]
+    served = sum(file.stat().st_size for file in tensors if file.name != fingerprint.FILE)
+    return Weight(served, manifest["bf16_bytes"])

@@ -1,0 +1,74 @@
+"""Our own checkpoint for transformers: whatever a run holds, packed, loaded by the quantizer in `latmix.packed`."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latmix.export.base import EXPORTS, Export
+from latmix.export.shards import Piece, write_shards
+from latmix.export.source import Source
+from latmix.packed import METHOD, PREFIX, VERSION, class_name
+from latmix.rundir import write_json
+
+
+def write(source: Source, folder: Path) -> None:
+    write_shards(list(pieces(source)), folder)
+    config = source.config | {
+        "model_type": f"{PREFIX}{source.arch.name}",
+        "architectures": [class_name(source.arch)],
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "quantization_config": quantization_config(source),
+    }
+    write_json(folder / "config.json", config)
+
+
+def pieces(source: Source) -> Iterator[Piece]:
+    """The run's tensors as they are, and the tensors of the online transforms at the linears that they act on."""
+    for name, shape in source.shapes.items():
+        packed = name.endswith((".weight_packed", ".weight_scale"))
+        dtype = torch.uint8 if packed else torch.float32 if name.endswith("global_scale") else torch.bfloat16
+        yield Piece(name, shape, dtype, partial(source.tensor, name))
+    for spot in source.layout.online:
+        for index in range(source.layers):
+            map = source.maps.online(spot, index)
+            assert map is not None
+            for key, tensor in map.state_dict().items():
+                for reader in source.arch.input(spot).readers:
+                    path = f"{source.arch.layers}.{index}.{reader}.online.{key}"
+                    yield Piece(path, tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+def quantization_config(source: Source) -> dict[str, Any]:
+    place = {"block": source.layout.activations.block, "seed": source.recipe.seed}
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "weights": source.recipe.weights,
+        "activations": source.recipe.activations,
+        "online": {spot: {"spec": spec, **place} for spot, spec in source.layout.online.items()},
+        "biases": [name.removesuffix(".bias") for name in source.shapes if name.endswith(".bias")],
+    }
+
+
+def serve(folder: Path) -> str:
+    return (
+        "import latmix, transformers\n"
+        f'model = transformers.AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")'
+    )
+
+
+def engines(source: Source) -> tuple[str, ...]:
+    return ("transformers",)
+
+
+EXPORTS.add("transformers", Export(write, serve, engines))

@@ -1,0 +1,161 @@
+"""Does the engine compute what the run computed? Load the export there, ask, compare, write the verdict beside it.
+
+Agreement is of perplexity on the fingerprint's windows: within 0.5 % where the engine rounds activations as the run did,
+and for llama.cpp, whose activations have 8 bits, between the run's perplexity with and without rounded activations, give
+or take 1 %. Both engine and run compute in float32 on the same token ids; the tokenizer is compared by itself.
+"""
+
+import dataclasses
+import datetime
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latmix.errors import LatmixError
+from latmix.export import card, fingerprint
+from latmix.export.engines import run_transformers
+from latmix.export.fingerprint import Fingerprint, following
+from latmix.export.folder import open_export
+from latmix.rundir import read_json, write_json
+
+SAME, BETWEEN = 0.005, 0.01
+MODULES = {"vllm": "vllm", "transformers": "transformers", "llama": "llama_cpp"}
+SCRIPTS = Path(__file__).parent / "engines"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Attributes:
+    perplexity, run_perplexity: the engine's and the run's, on the fingerprint's windows.
+    run_weights_only: the run's with activations left alone.
+    kl: of the engine's answers to the run's, nats a token, over the run's 64 likeliest tokens and the rest as one.
+    greedy: how many tokens of the run's greedy continuation the engine repeats, from the first on, out of `of`.
+    tokenizer: the engine makes the same ids of the text.
+    """
+
+    engine: str
+    date: str
+    perplexity: float
+    run_perplexity: float
+    run_weights_only: float
+    kl: float
+    greedy: int
+    of: int
+    tokenizer: bool
+    passed: bool
+
+
+def verify(folder: Path, engine: str | None = None, python: str | None = None) -> Verdict:
+    """Load the export in an engine, compare with the run, write `verdict.json` and the model card.
+
+    Args:
+        engine: one of the manifest's; its first unless given.
+        python: the interpreter of the engine's environment; this one unless given.
+
+    Raises: LatmixError: a damaged export, an engine that cannot load it or is not installed.
+    """
+    manifest = open_export(folder)
+    engines: list[str] = manifest["engines"]
+    engine = engine or engines[0]
+    if engine not in engines:
+        raise LatmixError(f"The engine '{engine}' cannot serve '{folder}'; choose from {', '.join(engines)}.")
+    expected = fingerprint.read(folder)
+    answer = ask(folder, engine, expected.request, python)
+    verdict = judge(expected, answer, engine)
+    known = read_json(folder / card.VERDICT) if (folder / card.VERDICT).exists() else {}
+    write_json(folder / card.VERDICT, known | {engine: dataclasses.asdict(verdict)})
+    card.write(folder, folder)
+    return verdict
+
+
+def installed(engine: str) -> bool:
+    return importlib.util.find_spec(MODULES[engine]) is not None
+
+
+def ask(folder: Path, engine: str, request: dict[str, Any], python: str | None) -> dict[str, np.ndarray]:
+    """The answers of the engine's runner: transformers in this process, the others in one of their own.
+
+    Raises: LatmixError: the engine is not installed, or it failed; the end of what it said.
+    """
+    if python is None and not installed(engine):
+        raise LatmixError(
+            f"'{MODULES[engine]}' is not installed here; scripts/engines.sh makes an environment for it: "
+            "give its interpreter with --python."
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        question, answer = Path(scratch) / "request.json", Path(scratch) / "answer.npz"
+        question.write_text(json.dumps(request), "utf-8")
+        if engine == "transformers" and python is None:
+            run_transformers.main(str(folder), str(question), str(answer))
+        else:
+            _run([python or sys.executable, str(SCRIPTS / f"run_{engine}.py"), str(folder.resolve())], question, answer)
+        with np.load(answer) as found:
+            return {name: found[name] for name in found}
+
+
+def _run(command: list[str], question: Path, answer: Path) -> None:
+    environment = dict(os.environ) | {"OMP_WAIT_POLICY": "PASSIVE"}
+    if command[0] != sys.executable:
+        environment.pop("PYTHONPATH", None)  # the other environment's packages are its own
+    try:
+        done = subprocess.run(
+            [*command, str(question), str(answer)], capture_output=True, text=True, env=environment, cwd=answer.parent
+        )
+    except OSError as error:
+        raise LatmixError(f"'{command[0]}' cannot be started: {error.strerror}.") from error
+    if done.returncode or not answer.exists():
+        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+        raise LatmixError(f"'{Path(command[1]).name}' failed (exit code {done.returncode}):\n{said}")
+
+
+def judge(expected: Fingerprint, answer: dict[str, np.ndarray], engine: str) -> Verdict:
+    kept = expected.tensors
+    logprobs = torch.from_numpy(answer["logprobs"])
+    run, weights_only = perplexity(kept["target"]), perplexity(kept["target_weights_only"])
+    found = perplexity(following(logprobs, kept["windows"]))
+    low, high = sorted((run, weights_only)) if engine == "llama" else (run, run)
+    limit = BETWEEN if engine == "llama" else SAME
+    tokenizer = answer["tokens"].tolist() == kept["tokens"].tolist()
+    close = low * (1 - limit) <= found <= high * (1 + limit)  # NaN is not close
+    return Verdict(
+        engine=str(answer["engine"]),
+        date=str(datetime.date.today()),
+        perplexity=found,
+        run_perplexity=run,
+        run_weights_only=weights_only,
+        kl=divergence(kept, logprobs),
+        greedy=agreeing(kept["greedy"].tolist(), answer["greedy"].tolist()),
+        of=len(kept["greedy"]),
+        tokenizer=tokenizer,
+        passed=bool(close and tokenizer),
+    )
+
+
+def perplexity(logprobs: Float[Tensor, "windows positions"]) -> float:
+    return float(torch.exp(-logprobs.double().mean()))
+
+
+def divergence(kept: dict[str, Tensor], logprobs: Float[Tensor, "windows positions vocabulary"]) -> float:
+    """Mean KL(run ‖ engine), the tokens beyond the run's likeliest taken as one: a lower bound, close where they are
+    many."""
+    p = kept["top"].double()
+    q = logprobs.double().gather(-1, kept["top_ids"].long())
+    rest_p, rest_q = (torch.log1p(-each.exp().sum(-1).clamp(max=1 - 1e-9)) for each in (p, q))
+    kl = (p.exp() * (p - q)).sum(-1) + rest_p.exp() * (rest_p - rest_q)
+    return float(kl.mean())
+
+
+def agreeing(ours: list[int], theirs: list[int]) -> int:
+    pairs = list(zip(ours, theirs, strict=True))
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
