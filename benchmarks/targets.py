@@ -30,7 +30,9 @@ from latmix.targets import TARGETS, respelled
 
 def variants(recipe: Recipe) -> dict[str, dict[str, str]]:
     """Shift of the stream × online transform; the values keep theirs, and lose it once."""
-    stream = {shift: {"folded.residual": respelled(recipe.folded["residual"], shift)} for shift in ("full", "layers", "none")}
+    stream = {
+        shift: {"folded.residual": respelled(recipe.folded["residual"], shift)} for shift in ("full", "layers", "none")
+    }
     no_values = {"folded.values": respelled(recipe.folded["values"], "none")}
     offline = {"online.down": "none"}
     return {
@@ -75,16 +77,22 @@ def main() -> None:
         print(lines[-1], flush=True)
     command = shlex.join(["python", "benchmarks/targets.py", *sys.argv[1:]])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(f"""# What learning for an engine costs
+    args.out.write_text(
+        f"""# What learning for an engine costs
 
-Recipe `{args.recipe}` with and without what engines cannot serve; mean ± standard deviation over {args.seeds} seeds, text that no
-run saw. KL in nats per token to full precision. {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}. Regenerate:
+Recipe `{args.recipe}` with and without what engines cannot serve; mean ± standard deviation over {args.seeds} seeds,
+text that no run saw. KL in nats per token to full precision. {datetime.date.today()}, {platform.machine()}, torch
+{torch.__version__}. Regenerate:
 
     {command}
 
 | variant | perplexity | KL | can be exported to |
 |---|---|---|---|
-""" + "\n".join(lines) + "\n", "utf-8")
+"""
+        + "\n".join(lines)
+        + "\n",
+        "utf-8",
+    )
 
 
 def cell(values: list[float], digits: int) -> str:

@@ -1,8 +1,9 @@
 """latmix checkpoints in transformers: after `import latmix`, `AutoModelForCausalLM.from_pretrained(DIR)` just works.
 
-Importing this file registers a quantizer, `quant_method: latmix`, which puts a `PackedLinear` where each quantized linear
-was: weights stay packed in memory, 4.25 bits each, and are decoded in every forward; biases stand wherever the checkpoint
-has them, the head included; online transforms run before activations are rounded. All recipes fit, nothing is fast.
+Importing this file registers a quantizer, `quant_method: latmix`, which puts a `PackedLinear` where each quantized
+linear was: weights stay packed in memory, 4.25 bits each, and are decoded in every forward; biases stand wherever the
+checkpoint has them, the head included; online transforms run before activations are rounded. All recipes fit, nothing
+is fast.
 
 A transformers that does not know a quantization method warns, and leaves the weights random. So the checkpoints also
 have a model type of their own, `latmix_llama` for Llama and so on: without the import it is unknown, which is an error

@@ -79,9 +79,10 @@ def quantize(
     Args:
         recipe: a preset's name, a JSON file or a `Recipe`.
         calibration: a text file; the embedded Wikipedia text unless given.
-        seed: replaces the recipe's. Where the recipe names a target, what that cannot express is left out of it, and the
-            run holds the recipe as changed.
+        seed: replaces the recipe's.
         settings: dotted recipe keys to replace, values as text (`{"learning.steps": "50"}`).
+
+    Where the recipe names a target, what that cannot express is left out, and the run holds the recipe as changed.
 
     Raises: LatmixError: bad input, in one sentence; nothing is left behind.
     """

@@ -1,9 +1,9 @@
 """What the engines that serve a model can express: known before anything is learned, and asked again by the export.
 
 An engine takes a fixed architecture: a bias where it has a slot for one, an online transform where it has a place for
-one, the formats it has arithmetic for. `Layout` is what a run asks for; a `Target` answers with `Refusal`s, each with its
-reason and the recipe settings that avoid it. `fit` applies those settings before learning (`--set target=…`), so that
-what is learned is what can be served; the export only refuses. No torch here: a layout is words.
+one, the formats it has arithmetic for. `Layout` is what a run asks for; a `Target` answers with `Refusal`s, each with
+its reason and the recipe settings that avoid it. `fit` applies those settings before learning (`--set target=…`), so
+that what is learned is what can be served; the export only refuses. No torch here: a layout is words.
 """
 
 import dataclasses
@@ -175,7 +175,9 @@ def bias_refusals(layout: Layout, recipe: Recipe) -> list[Refusal]:
     for site in layout.arch.sites:
         here = [name for name in beyond if name in (*site.readers, *site.writers)]
         if here and without_shift(recipe, site.name) and "shift" in recipe.folded[site.name]:
-            found.append(Refusal(f"{', '.join(here)} of {layout.arch.name} cannot have a bias", without_shift(recipe, site.name)))
+            found.append(
+                Refusal(f"{', '.join(here)} of {layout.arch.name} cannot have a bias", without_shift(recipe, site.name))
+            )
             return found
     if beyond:
         found.append(Refusal(f"{', '.join(beyond)} of {layout.arch.name} cannot have a bias"))
@@ -186,7 +188,7 @@ def _no_head(layout: Layout, recipe: Recipe) -> dict[str, str]:
     """Keep the shift within the layers where every linear can have a bias; give it up elsewhere."""
     for site in layout.arch.sites:
         if site.stream and site.name in recipe.folded:
-            room = MLP <= slots(family(layout).name) and not layout.online
+            room = slots(family(layout).name) >= MLP and not layout.online
             return {f"folded.{site.name}": respelled(recipe.folded[site.name], "layers" if room else "none")}
     return {}
 
@@ -215,8 +217,11 @@ def _unbias(layout: Layout, recipe: Recipe, group: frozenset[str]) -> dict[str, 
     """Give up the stream's shift, where that is what the biases of these linears come from."""
     for site in layout.arch.sites:
         shifted = "shift" in parse_spec(recipe.folded.get(site.name, "none"))[1]
-        if site.stream and shifted and not group & expected_biases(
-            layout.arch, override(recipe, without_shift(recipe, site.name)), frozenset()
+        if (
+            site.stream
+            and shifted
+            and not group
+            & expected_biases(layout.arch, override(recipe, without_shift(recipe, site.name)), frozenset())
         ):
             return without_shift(recipe, site.name)
     return {}

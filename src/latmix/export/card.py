@@ -10,12 +10,12 @@ CARD, VERDICT = "README.md", "verdict.json"
 
 CAVEATS = {
     "compressed-tensors": (
-        "vLLM computes with 4-bit activations on Blackwell GPUs (SM100 and later); older GPUs run the 4-bit weights with "
-        "16-bit activations (Marlin), so their results differ slightly, usually for the better."
+        "vLLM computes with 4-bit activations on Blackwell GPUs (SM100 and later); older GPUs run the 4-bit weights "
+        "with 16-bit activations (Marlin), so their results differ."
     ),
     "transformers": (
-        "Needs `import latmix` before loading; without it transformers refuses the folder, whose model type it does not "
-        "know. Weights stay packed in memory and are decoded in every forward: small, not fast."
+        "Needs `import latmix` before loading; without it transformers refuses the folder, whose model type it does "
+        "not know. Weights stay packed in memory and are decoded in every forward: small, not fast."
     ),
     "gguf": "llama.cpp rounds activations to 8 bits, not to MXFP4, so its results lie nearer to full precision.",
 }
@@ -28,15 +28,16 @@ def write(folder: Path, final: Path) -> None:
     held_out = manifest["held_out"]
     online = ", ".join(f"`{spec}` at the input of {spot}" for spot, spec in manifest["online"].items()) or "none"
     served = sum(
-        entry["bytes"] for name, entry in manifest["files"].items() if name.endswith((".safetensors", ".gguf"))
-        and not name.startswith("fingerprint")
+        entry["bytes"]
+        for name, entry in manifest["files"].items()
+        if name.endswith((".safetensors", ".gguf")) and not name.startswith("fingerprint")
     )
     text = f"""---
 library_name: {"transformers" if target != "gguf" else "gguf"}
 tags: [mxfp4, latmix, {target}]
 ---
 
-Quantized by [latmix](https://arxiv.org/abs/2602.17681) {manifest["latmix"]}, recipe `{recipe["name"]}`, exported to {target}.
+Quantized by latmix {manifest["latmix"]} ([method](https://arxiv.org/abs/2602.17681)), recipe `{recipe["name"]}`.
 
 - Weights `{recipe["weights"]}`, activations `{recipe["activations"]}` (the scale rule they were learned under).
 - Embedding, norms, head and biases in bfloat16; the head is untied.
@@ -61,8 +62,8 @@ On held-out calibration text: perplexity {held_out["perplexity"]["mean"]:.3f}, K
 
 IGNORED = """
 
-**Do not load this with transformers:** it ignores `transform_config` without an error and computes nonsense. vLLM applies
-it."""
+**Do not load this with transformers:** it ignores `transform_config` without an error and computes nonsense. vLLM
+applies it."""
 
 
 def _verdicts(folder: Path) -> str:

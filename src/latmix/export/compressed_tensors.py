@@ -135,9 +135,7 @@ def quantization_config(source: Source) -> dict[str, Any]:
         },
     }
     if source.layout.online:
-        config["transform_config"] = {
-            "config_groups": {spot: _online(source, spot) for spot in source.layout.online}
-        }
+        config["transform_config"] = {"config_groups": {spot: _online(source, spot) for spot in source.layout.online}}
     return config
 
 

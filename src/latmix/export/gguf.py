@@ -1,9 +1,9 @@
 """GGUF for llama.cpp: the same codes and scale bytes in ggml's order, biases included, nothing online.
 
-ggml's MXFP4 block is one scale byte and sixteen bytes of codes, element j in the low nibble of byte j and element j + 16
-in the high one. Its Llama graph takes biases on every linear, and interleaves the two halves of each rotary head, so the
-rows of q and k are reordered (packed rows move as they are). Mistral and Qwen2 without a sliding window are Llamas here.
-Norms and biases are stored in float32, embedding and head in bfloat16.
+ggml's MXFP4 block is one scale byte and sixteen bytes of codes, element j in the low nibble of byte j and element
+j + 16 in the high one. Its Llama graph takes biases on every linear, and interleaves the two halves of each rotary
+head, so the rows of q and k are reordered (packed rows move as they are). Mistral and Qwen2 without a sliding window
+are Llamas here. Norms and biases are stored in float32, embedding and head in bfloat16.
 """
 
 import os

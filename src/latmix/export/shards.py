@@ -1,7 +1,7 @@
 """Tensors to safetensors shards, one shard in memory at a time; a killed export goes on where it stopped.
 
-A shard is written under a temporary name and renamed, so one that has its name is whole. What the folder is being filled
-with is noted first (`plan.json`): another export, or the same of a changed run, does not resume it.
+A shard is written under a temporary name and renamed, so one that has its name is whole. What the folder is being
+filled with is noted first (`plan.json`): another export, or the same of a changed run, does not resume it.
 """
 
 import hashlib

@@ -57,8 +57,8 @@ def splitting_rule(tokenizer: dict[str, Any]) -> str:
         if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") in SPLITS:
             return SPLITS[parts[0]["pattern"]["Regex"]]
     raise LatmixError(
-        f"The tokenizer ({tokenizer['model'].get('type')}, {json.dumps(kinds)}) is not written to GGUF; known: byte-level "
-        "BPE that splits words as GPT-2, Llama 3 or Qwen2 do."
+        f"The tokenizer ({tokenizer['model'].get('type')}, {json.dumps(kinds)}) is not written to GGUF; known: "
+        "byte-level BPE that splits words as GPT-2, Llama 3 or Qwen2 do."
     )
 
 

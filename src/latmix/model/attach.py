@@ -5,9 +5,10 @@ A linear that reads basis S and writes basis T computes, with column vectors,
     y = T ∘ (W, b) ∘ S⁻¹  =  (A_T W A_S⁻¹) x + A_T (b − W A_S⁻¹ v_S) + k v_T
 
 (k is 1, but 0 for a writer of the residual stream, where the embedding has put v_T already, and −1 for its last writer
-if the shift ends there). `moved` is that one formula; attached linears evaluate it in every forward, so that gradients reach the maps, `fold` evaluates it once in
-float64. Replacing a linear by a module that holds it, instead of parametrizing its weight and bias tensors one by one,
-keeps the formula whole and leaves nothing behind: afterwards a plain linear stands in its place.
+if the shift ends there). `moved` is that one formula; attached linears evaluate it in every forward, so that gradients
+reach the maps, `fold` evaluates it once in float64. Replacing a linear by a module that holds it, instead of
+parametrizing its weight and bias tensors one by one, keeps the formula whole and leaves nothing behind: afterwards a
+plain linear stands in its place.
 """
 
 from collections.abc import Iterator

@@ -55,9 +55,7 @@ def latmix_qr() -> Recipe:
 
 def _latmix(form: str) -> Recipe:
     shifted = f"{form}:shift=full"
-    return Recipe(
-        f"latmix-{form}", folded={"residual": shifted, "values": shifted}, online=ONLINE, learning=Learning()
-    )
+    return Recipe(f"latmix-{form}", folded={"residual": shifted, "values": shifted}, online=ONLINE, learning=Learning())
 
 
 def find(name_or_file: str | Recipe) -> Recipe:

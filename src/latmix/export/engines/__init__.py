@@ -1,5 +1,5 @@
-"""Scripts that run an exported folder in one engine, each with that engine's own interpreter: none imports latmix unless
-it has to, and their names differ from the packages they import, beside which they would otherwise stand.
+"""Scripts that run an exported folder in one engine, with that engine's own interpreter. None imports latmix unless it
+has to; their names differ from the packages they import, which they would hide otherwise.
 
     PYTHON run_ENGINE.py FOLDER REQUEST.json ANSWER.npz
 
