@@ -4,7 +4,8 @@
     python benchmarks/engines.py --engines ENGINES --out docs/results/engines.md
 
 Each recipe is learned for the target it is exported to. The model and texts are those that ship with latmix unless
-`--model` is given; windows and tokens are those of the export's fingerprint. Without `--engines` only transformers runs.
+`--model` is given; windows and tokens are those of the export's fingerprint. Without `--engines` only transformers
+runs.
 A finished run or export is not made again (`--runs` keeps them).
 """
 
@@ -90,9 +91,9 @@ def main() -> None:
     text = f"""# One model, four engines
 
 Each recipe learned for its target (seed {args.seed}), exported, loaded by the engine, asked for the same
-{fingerprint.WINDOWS} windows of at most {fingerprint.WINDOW} tokens of text that no run saw. "W4A4" and "W4A16" are the run's own perplexity
-with and without rounded activations, "KL" is to full precision, "KL to run" to the run's own answers, in nats per token.
-All in float32. {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}. Regenerate:
+{fingerprint.WINDOWS} windows of at most {fingerprint.WINDOW} tokens of text that no run saw. "W4A4" and "W4A16" are
+the run's own perplexity with and without rounded activations, "KL" is to full precision, "KL to run" to the run's own
+answers, in nats per token. All in float32. {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}. Regenerate:
 
     {command}
 

@@ -1,4 +1,7 @@
-"""Exports in the engines themselves, where their environments exist (`scripts/engines.sh FOLDER`, LATMIX_ENGINES=FOLDER)."""
+"""Exports in the engines themselves, where their environments exist:
+
+scripts/engines.sh FOLDER && LATMIX_ENGINES=FOLDER pytest tests/test_engines.py
+"""
 
 import os
 from pathlib import Path

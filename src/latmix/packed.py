@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from latmix.archs import ARCHS, Arch
@@ -39,6 +40,10 @@ class PackedLinear(nn.Module):
     Cost: each forward unpacks and decodes the weight, a temporary of its full size in the dtype of x.
     """
 
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_global_scale: Tensor | None
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -53,8 +58,8 @@ class PackedLinear(nn.Module):
         meta: dict[str, Any] = {"device": "meta"}
         self.register_buffer("weight_packed", torch.empty(shape[0], bytes_, dtype=torch.uint8, **meta))
         self.register_buffer("weight_scale", torch.empty(shape[0], blocks, dtype=torch.uint8, **meta))
-        if weights.scale_element != "e8m0":
-            self.register_buffer("weight_global_scale", torch.empty((), dtype=torch.float32, **meta))
+        tensor_scale = None if weights.scale_element == "e8m0" else torch.empty((), dtype=torch.float32, **meta)
+        self.register_buffer("weight_global_scale", tensor_scale)
         self.bias = None if bias is None else nn.Parameter(torch.empty(shape[0], dtype=bias, **meta), False)
         self.online = online
 
@@ -65,15 +70,14 @@ class PackedLinear(nn.Module):
 
     def decoded(self, dtype: torch.dtype) -> Float[Tensor, "out n"]:
         codes = unpack(self.weight_packed, self.weights.element.bits, self.in_features)
-        scale = getattr(self, "weight_global_scale", None)
-        return decode(Quantized(codes, self.weight_scale, scale, self.weights, dtype))
+        return decode(Quantized(codes, self.weight_scale, self.weight_global_scale, self.weights, dtype))
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.out_features}, weights={self.weights}, activations={self.activations}"
 
 
 @register_quantization_config(METHOD)
-class LatmixConfig(QuantizationConfigMixin):  # type: ignore[no-any-unimported,misc,unused-ignore]
+class LatmixConfig(QuantizationConfigMixin):
     """`quantization_config` in config.json.
 
     Args:
@@ -102,10 +106,11 @@ class LatmixConfig(QuantizationConfigMixin):  # type: ignore[no-any-unimported,m
 
 
 @register_quantizer(METHOD)
-class LatmixQuantizer(HfQuantizer):  # type: ignore[no-any-unimported,misc,unused-ignore]
+class LatmixQuantizer(HfQuantizer):
     """Loads what `latmix export --to transformers` wrote, and what `save_pretrained` makes of it."""
 
     requires_calibration = True  # from_pretrained does not quantize by itself
+    quantization_config: LatmixConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         arch, config = _arch(model), self.quantization_config
