@@ -93,7 +93,8 @@ def main() -> None:
 Each recipe learned for its target (seed {args.seed}), exported, loaded by the engine, asked for the same
 {fingerprint.WINDOWS} windows of at most {fingerprint.WINDOW} tokens of text that no run saw. "W4A4" and "W4A16" are
 the run's own perplexity with and without rounded activations, "KL" is to full precision, "KL to run" to the run's own
-answers, in nats per token. All in float32. {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}. Regenerate:
+answers, in nats per token. All in float32. {datetime.date.today()}, {platform.machine()}, torch {torch.__version__}.
+Regenerate:
 
     {command}
 

@@ -7,6 +7,8 @@ that what is learned is what can be served; the export only refuses. No torch he
 """
 
 import dataclasses
+import json
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +54,7 @@ class Refusal:
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        keys = " ".join(f"--set {key}={value}" for key, value in self.settings.items())
+        keys = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in self.settings.items())
         return f"{self.reason} ({keys} avoids it)" if keys else self.reason
 
 
@@ -68,17 +70,20 @@ class Target:
 TARGETS: Registry[Target] = Registry("target")
 
 
+def shift_biases(arch: Arch, site_name: str, shift: str) -> frozenset[str]:
+    """Which linears (and the head) have a bias when the map of this site has this shift."""
+    site = arch.site(site_name)
+    if shift == "none":
+        return frozenset()
+    last = (HEAD,) if shift == "full" else site.writers[-1:]
+    return frozenset({*site.readers, *(last if site.stream else site.writers)})
+
+
 def expected_biases(arch: Arch, recipe: Recipe, native: frozenset[str]) -> frozenset[str]:
-    """Where a run of this recipe has biases: the model's own, and those that shifts leave behind."""
-    found = set(native)
-    for name, spec in recipe.folded.items():
-        shift, site = parse_spec(spec)[1].get("shift", "none"), arch.site(name)
-        if shift != "none":
-            found |= {*site.readers, *(() if site.stream else site.writers)}
-        if site.stream and shift == "full":
-            found.add(HEAD)
-        elif site.stream and shift == "layers":
-            found.add(site.writers[-1])
+    """Where a run of this recipe has biases: the model's own, those that shifts leave behind, and tuned ones."""
+    found = set(native).union(*(shift_biases(arch, name, shift_of(spec)) for name, spec in recipe.folded.items()))
+    for spot in recipe.tuning.biases if recipe.tuning else ():
+        found |= {*arch.input(spot).readers}
     return frozenset(found)
 
 
@@ -138,10 +143,6 @@ def slots(name: str) -> frozenset[str]:
     return {"llama": ATTENTION | MLP, "qwen2": QKV, "qwen3": QKV, "mistral": frozenset[str]()}[name]
 
 
-def without_shift(recipe: Recipe, site: str) -> dict[str, str]:
-    return {f"folded.{site}": respelled(recipe.folded[site], "none")} if site in recipe.folded else {}
-
-
 def respelled(spec: str, shift: str) -> str:
     """The same transform with this shift."""
     name, properties = parse_spec(spec)
@@ -168,63 +169,51 @@ def format_refusals(layout: Layout, *, activations: bool) -> list[Refusal]:
 
 
 def bias_refusals(layout: Layout, recipe: Recipe) -> list[Refusal]:
-    found, served = [], slots(family(layout).name)
-    if HEAD in layout.biases:
-        found.append(Refusal("its head has a bias, for which stock models have no place", _no_head(layout, recipe)))
-    beyond = sorted(layout.biases - served - {HEAD})
-    for site in layout.arch.sites:
-        here = [name for name in beyond if name in (*site.readers, *site.writers)]
-        if here and without_shift(recipe, site.name) and "shift" in recipe.folded[site.name]:
-            found.append(
-                Refusal(f"{', '.join(here)} of {layout.arch.name} cannot have a bias", without_shift(recipe, site.name))
-            )
-            return found
-    if beyond:
-        found.append(Refusal(f"{', '.join(beyond)} of {layout.arch.name} cannot have a bias"))
-    return found
-
-
-def _no_head(layout: Layout, recipe: Recipe) -> dict[str, str]:
-    """Keep the shift within the layers where every linear can have a bias; give it up elsewhere."""
-    for site in layout.arch.sites:
-        if site.stream and site.name in recipe.folded:
-            room = slots(family(layout).name) >= MLP and not layout.online
-            return {f"folded.{site.name}": respelled(recipe.folded[site.name], "layers" if room else "none")}
-    return {}
+    """A bias where the stock form of the family has none."""
+    everywhere = frozenset(layout.arch.linears) | {HEAD}
+    beyond = layout.biases - slots(family(layout).name)
+    if not beyond:
+        return []
+    names = ", ".join(sorted(name.rpartition(".")[2] for name in beyond))
+    settings = avoiding(layout.arch, recipe, everywhere - slots(family(layout).name))
+    return [Refusal(f"stock {family(layout).name} models have no place for a bias on {names}", settings)]
 
 
 def online_refusals(layout: Layout, recipe: Recipe) -> list[Refusal]:
     """vLLM asserts that a linear with an online transform has no bias, and only Hadamards are alike in every layer."""
     found = []
     for spot, spec in layout.online.items():
-        kind = parse_spec(spec)[0]
-        plain = kind == "block-hadamard" or (kind == "hadamard" and spot == "down")
-        if not plain:
-            settings = {f"online.{spot}": "block-hadamard"}
-            found.append(Refusal(f"the online transform '{spec}' at '{spot}' is no plain block-Hadamard", settings))
+        kind, off = parse_spec(spec)[0], {f"online.{spot}": "none"}
+        if kind != "block-hadamard" and (kind, spot) != ("hadamard", "down"):
+            reason = f"the online transform '{spec}' at {spot} is no plain block-Hadamard"
+            found.append(Refusal(reason, {f"online.{spot}": "block-hadamard"}))
         group = next((group for group in (ATTENTION, MLP) if group & {*layout.arch.input(spot).readers}), frozenset())
         if group & layout.biases:
-            found.append(
-                Refusal(
-                    f"vLLM serves no linear that has both an online transform and a bias, as at '{spot}'",
-                    _unbias(layout, recipe, group) or {f"online.{spot}": "none"},
-                )
-            )
+            reason = f"vLLM serves no linear that has both a bias and an online transform, as at {spot}"
+            found.append(Refusal(reason, avoiding(layout.arch, recipe, group) or off))
     return found
 
 
-def _unbias(layout: Layout, recipe: Recipe, group: frozenset[str]) -> dict[str, str]:
-    """Give up the stream's shift, where that is what the biases of these linears come from."""
-    for site in layout.arch.sites:
-        shifted = "shift" in parse_spec(recipe.folded.get(site.name, "none"))[1]
-        if (
-            site.stream
-            and shifted
-            and not group
-            & expected_biases(layout.arch, override(recipe, without_shift(recipe, site.name)), frozenset())
-        ):
-            return without_shift(recipe, site.name)
-    return {}
+def avoiding(arch: Arch, recipe: Recipe, forbidden: frozenset[str]) -> dict[str, str]:
+    """Settings under which the recipe puts no bias on these linears: shorter shifts, fewer tuned biases."""
+    settings = {}
+    for name, spec in recipe.folded.items():
+        here = [shift for shift in _shorter(spec) if not forbidden & shift_biases(arch, name, shift)]
+        if forbidden & shift_biases(arch, name, shift_of(spec)):
+            settings[f"folded.{name}"] = respelled(spec, here[0])
+    if recipe.tuning is not None:
+        kept = [spot for spot in recipe.tuning.biases if not forbidden & {*arch.input(spot).readers}]
+        if len(kept) < len(recipe.tuning.biases):
+            settings["tuning.biases"] = json.dumps(kept)
+    return settings
+
+
+def shift_of(spec: str) -> str:
+    return parse_spec(spec)[1].get("shift", "none")
+
+
+def _shorter(spec: str) -> tuple[str, ...]:
+    return ("layers", "none") if shift_of(spec) == "full" else ("none",)
 
 
 def _compressed_tensors(layout: Layout, recipe: Recipe) -> list[Refusal]:
@@ -240,7 +229,9 @@ def _gguf(layout: Layout, recipe: Recipe) -> list[Refusal]:
         Refusal(f"llama.cpp has no online transforms, and '{spot}' needs one", {f"online.{spot}": "none"})
         for spot in layout.online
     ]
-    unknown = [Refusal("llama.cpp's Qwen3 has no biases")] if layout.arch.name == "qwen3" and layout.biases else []
+    biased = layout.arch.name == "qwen3" and layout.biases
+    settings = avoiding(layout.arch, recipe, layout.biases)
+    unknown = [Refusal("llama.cpp's Qwen3 has no biases", settings)] if biased else []
     sliding = [Refusal("attention within a sliding window is not written to GGUF")] if layout.sliding else []
     return [*format_refusals(layout, activations=False), *online, *bias_refusals(layout, recipe), *unknown, *sliding]
 

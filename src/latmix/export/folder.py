@@ -16,12 +16,12 @@ from latmix.export import card, fingerprint
 from latmix.export.base import EXPORTS
 from latmix.export.shards import PLAN, begin, digest, finish, plan_of
 from latmix.export.source import Source, open_run
-from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, read_json, write_json
+from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, read_json, write_json
 from latmix.targets import TARGETS, refuse
 
 MANIFEST, VERSION = "latmix.json", 1
 LATER = (MANIFEST, PLAN, card.CARD, card.VERDICT)  # not under checksums: written, or written again, at the end
-OURS = (RECIPE, SUMMARY, METRICS, TRANSFORMS, "config.json")
+OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, "config.json")
 
 
 def export(run: Path, to: str, out: Path) -> Path:
