@@ -22,5 +22,5 @@ test: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	.venv/bin/pip install --quiet --editable '.[dev,parity]'
+	.venv/bin/pip install --quiet --editable '.[dev,export,parity]'
 	touch $@

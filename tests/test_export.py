@@ -136,6 +136,18 @@ def test_every_recipe_times_target_is_verified_or_refused(recipe: str, target: s
     agrees(target, exports.export(run, target, out), run)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
+)
+def test_transformers_with_compressed_tensors_computes_the_same(runs: Runs, tmp_path: Path) -> None:
+    out = exports.export(runs("gptq"), "compressed-tensors", tmp_path / "out")
+    verdict = exports.verify(out, "transformers")
+    assert verdict.passed and verdict.kl < 1e-6 and verdict.greedy >= 20
+    online = exports.export(runs("quarot"), "compressed-tensors", tmp_path / "online")
+    with pytest.raises(latmix.LatmixError, match="engine 'transformers' cannot serve"):  # it would compute nonsense
+        exports.verify(online, "transformers")
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("target", ["compressed-tensors", "transformers"])
 def test_every_family_is_served_with_what_its_stock_form_can_hold(
@@ -320,3 +332,10 @@ def test_fit_leaves_recipes_without_a_target_alone_and_is_idempotent(runs: Runs)
     assert kept == override(find("latmix-lu"), settings("latmix-lu"))
     recipe = find(str(fitted / "recipe.json"))
     assert recipe.folded == {"residual": "lu", "values": "lu:shift=full"} and recipe.online == kept.online
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_the_readme_serves_as_the_export_says(target: str) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    assert exports.EXPORTS[target].serve(Path("served")) in readme
+    assert exports.EXPORTS.names() == TARGETS.names()
