@@ -17,16 +17,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latmix.analysis.activations import Place, collect, places
 from latmix.analysis.amplitudes import EDGES, amplitudes
 from latmix.analysis.bound import bounds
 from latmix.analysis.candidates import CANDIDATES, ORTHOGONAL
-from latmix.analysis.errors import block_errors, error, through
 from latmix.analysis.optimum import closed_form
 from latmix.assets import CALIBRATION
 from latmix.data import read_text, windows
 from latmix.errors import LatmixError
 from latmix.eval import score
+from latmix.eval.activations import Place, collect, places
+from latmix.eval.errors import block_errors, error, through
 from latmix.model.fold import absorb_gains
 from latmix.model.inputs import watch
 from latmix.model.load import Loaded, load
@@ -46,7 +46,7 @@ class Question:
     Attributes:
         text: learned from and measured on, half each; None: the calibration text of the package.
         separator: what stands between documents.
-        site: a site or input, with or without a layer (`latmix.analysis.activations`); its places share one map.
+        site: a site or input, with or without a layer (`latmix.eval.activations`); its places share one map.
         format, blocks: the format, and the block sizes to compare; details are given at the format's own.
         window, windows, tokens: tokens in a window, windows and tokens at most in either half.
     """

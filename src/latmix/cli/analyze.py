@@ -7,7 +7,9 @@ import rich
 import typer
 from rich.table import Table
 
+from latmix.analysis.plan import plan as make_plan
 from latmix.analysis.plots import plot, read_csv
+from latmix.analysis.report import report as write_report
 from latmix.analysis.study import Question
 from latmix.analysis.study import analyze as study
 from latmix.cli.app import app
@@ -48,3 +50,38 @@ def analyze(
     print(f"CSV files are in {folder}")
     plot(folder)
     print("Figures (PNG, SVG) are beside them")
+
+
+@app.command()
+def plan(
+    model: Model,
+    format: Annotated[
+        list[str] | None, typer.Option(help="A format (latmix list formats); all unless given. Repeatable.")
+    ] = None,
+    device_memory: Annotated[float, typer.Option(help="Memory of one device, in GB (10⁹ bytes).")] = 24.0,
+    recipe: Annotated[str, typer.Option(help="A preset or a JSON file.")] = "latmix-lu",
+) -> None:
+    """What fits where, and what quantizing will need here: from config.json alone, no weights are read."""
+    found = make_plan(model, recipe, tuple(format or ()))
+    title = f"{model}: {found.parameters:,} parameters, {found.quantized:,} of them in quantized linears"
+    table = Table(
+        "format", "on disk, GB", "weights in memory, GB", f"longest context in {device_memory:g} GB", title=title
+    )
+    for size in found.checkpoints:
+        context = found.longest_context(size, device_memory * 1e9)
+        fits = f"{context:,} tokens" if context else "does not fit"
+        table.add_row(size.format, f"{size.disk / 1e9:.3f}", f"{size.device / 1e9:.3f}", fits)
+    rich.print(table)
+    print(f"Keys and values: {found.cache_per_token:,} bytes a token in bfloat16; longest context {found.longest:,}")
+    peak = max(found.work.peak.values()) / 1e9
+    minutes = sum(found.work.seconds.values()) / 60
+    print(f"{recipe} here: about {peak:.2f} GB of host memory at the peak, in the order of {minutes:.1f} minutes")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page about runs: comparison, learning, errors by layer and block, what was done."""
+    print(f"The report is {write_report(runs, out)}")
