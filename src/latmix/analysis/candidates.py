@@ -96,7 +96,7 @@ def learn(map: Transform, x: Float[Tensor, "tokens n"], fmt: BlockFormat, seed: 
         optimizer.zero_grad()
         with evaluated_once(map):
             loss = (map.inverse(fake_quant_with_scale_gradient(map(batch), fmt)) - batch).square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
     return map.requires_grad_(False)
 

@@ -97,8 +97,12 @@ def plan(model: Path | str, recipe: Recipe | str = "latmix-lu", formats: tuple[s
 
 def _linears(skeleton: nn.Module, arch: Arch) -> dict[str, tuple[int, int]]:
     """Shapes (out, in) of every quantized linear, by path."""
-    owners = enumerate(layers(skeleton, arch))
-    return {f"{arch.layers}.{i}.{name}": linear(o, name).weight.shape for i, o in owners for name in arch.linears}
+    found = {}
+    for index, layer in enumerate(layers(skeleton, arch)):
+        for name in arch.linears:
+            place = linear(layer, name)
+            found[f"{arch.layers}.{index}.{name}"] = (place.out_features, place.in_features)
+    return found
 
 
 def _checkpoint(skeleton: nn.Module, arch: Arch, recipe: Recipe, format: BlockFormat) -> Checkpoint:
@@ -133,7 +137,8 @@ def _biases(skeleton: nn.Module, arch: Arch, recipe: Recipe) -> dict[str, int]:
     for path, (rows, _) in _linears(skeleton, arch).items():
         name = path.removeprefix(f"{arch.layers}.").partition(".")[2]
         reads, writes = arch.source(name), arch.target(name)
-        if _shifted(recipe, reads and reads.name) or (writes and not writes.stream and _shifted(recipe, writes.name)):
+        moving = [site.name for site in (reads, writes) if site and (site is reads or not site.stream)]
+        if any(_shifted(recipe, site) for site in moving):
             found[path] = rows
     for site in arch.sites:
         if site.stream and _shifted(recipe, site.name):
@@ -141,7 +146,7 @@ def _biases(skeleton: nn.Module, arch: Arch, recipe: Recipe) -> dict[str, int]:
     return found
 
 
-def _shifted(recipe: Recipe, site: str | None) -> bool:
+def _shifted(recipe: Recipe, site: str) -> bool:
     """Whether the map of that site has a shift: the learned ones do, if the recipe says so."""
     if not recipe.shift or site not in recipe.folded:
         return False

@@ -38,10 +38,10 @@ def plot(folder: Path) -> list[Path]:
 def _draw(folder: Path, name: str, draw: Callable[[Any, list[dict[str, str]]], None]) -> list[Path]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     axes = figure.add_subplot()
     draw(axes, read_csv(folder / f"{name}.csv"))
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     files = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.savefig(files[0], dpi=150)
     figure.savefig(files[1], metadata={"Date": None})
