@@ -71,8 +71,9 @@ def page(folder: Path, name: str, about: dict[str, str], command: str) -> str:
     pictures = "\n\n".join(f"![{text}](analysis-{name}/{key}.svg)" for key, text in PICTURES.items())
     return f"""# Where the error sits: {name}
 
-`{about["format"]}`, site `{about["site"]}`, seed {about["seed"]}, {about["date"]}. Maps are learned for E(T) itself, on activations of the
-first half of the text; everything is measured on those of the second half. Regenerate:
+`{about["format"]}`, site `{about["site"]}`, seed {about["seed"]}, {about["date"]}.
+Maps are learned for E(T) itself, on activations of the first half of the text; everything is measured on those of the
+second half. Regenerate:
 
     {command}
 
@@ -81,12 +82,14 @@ At block {block}:
 {table(head + ["condition", "rms variation"], rows)}
 
 Crest: mean of a block's largest square over the mean square. rms variation: spread over tokens of rms(Ax)/rms(x), the
-gain error that RMSNorm makes of the folded map. Unquantized perplexity: {perplexity["0", "unquantized"]}. Perplexity here quantizes the
-inputs at the site alone, through x → T⁻¹(Q(T(x))). Bounds and closed form: [theory](../theory.md).
+gain error that RMSNorm makes of the folded map. Unquantized perplexity: {perplexity["0", "unquantized"]}.
+Perplexity here quantizes the inputs at the site alone, through x → T⁻¹(Q(T(x))). Bounds and closed form:
+[theory](../theory.md).
 
-The goal, E(T) of the learned affine map 40 % below the best orthogonal one, is **{verdict}** here: {1 - reached:.0%} below
-{best[1]}. The closed-form optimum, with nothing learned, is {1 - left["optimum"]:.0%} below it (a negative number: above). Against a rotation
-without shift it promised {1 - promise:.0%} under white errors; what learning gains beyond is the shape of the distribution.
+The goal, E(T) of the learned affine map 40 % below the best orthogonal one, is **{verdict}** here:
+{1 - reached:.0%} below {best[1]}. The closed-form optimum, with nothing learned, is {1 - left["optimum"]:.0%} below it
+(a negative number: above). Against a rotation without shift it promised {1 - promise:.0%} under white errors; what
+learning gains beyond is the shape of the distribution.
 
 Relative error (error over mean square) of every input, largest first, at the optimum of its own:
 

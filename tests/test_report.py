@@ -92,7 +92,7 @@ def test_bad_input(runs: list[Path], tmp_path: Path) -> None:
 def test_charts_hold_their_points_at_the_edges() -> None:
     chart = lines(Words("t", "x", "y", "d"), {"a": [(0, 0.0), (10, 3.0)], "one": [(5, 1.0)]})
     points = re.search(r'points="([^"]+)"', chart)
-    assert points and points[1] == "62.0,260.0 628.0,12.0"
+    assert points and points[1] == "78.0,260.0 628.0,12.0"
     assert nice_ticks(0, 0.0437) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
     assert nice_ticks(2.0, 2.0) == [2.0, 3.0]
 

@@ -143,7 +143,11 @@ def _run(record: Record) -> str:
     ]
     stages = [[n, f"{c['seconds']:.1f}", f"{c['peak_bytes'] / 1e6:.0f}"] for n, c in s["stages"].items()]
     maps = [[n, f"{m['condition']:.3f}", f"{m['logabsdet']:.3f}"] for n, m in s["maps"].items()]
-    parts = [f"<h2>{escape(record.name)}</h2>", table(("what was done", ""), facts), _errors(s.get("errors", {}))]
+    parts = [
+        f"<h2>{escape(record.name)}</h2>",
+        f'<div class="facts">{table(("what was done", ""), facts)}</div>',
+        _errors(s.get("errors", {})),
+    ]
     parts.append("<h3>What it took</h3>" + table(("stage", "s", "peak MB"), stages))
     if maps:
         parts.append("<h3>Maps</h3>" + table(("map", "condition number", "log |det|"), maps))

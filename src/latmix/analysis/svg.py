@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 62, 12, 12, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 78, 12, 12, 40
 SERIES = 6  # colours; more series start over with dashes
 
 Points = Sequence[tuple[float, float]]
@@ -83,9 +83,9 @@ def heat(words: Words, rows: Mapping[str, Sequence[float]]) -> str:
 def _figure(words: Words, content: str, height: int) -> str:
     return (
         f"<figure><figcaption>{escape(words.title)} <small>{escape(words.y)}</small></figcaption>"
-        f'<svg role="img" viewBox="0 0 {WIDTH} {height}" '
+        f'<div class="scroll" tabindex="0"><svg role="img" viewBox="0 0 {WIDTH} {height}" '
         f'aria-label="{escape(words.title)}. {escape(words.description)}">'
-        f"<title>{escape(words.title)}</title><desc>{escape(words.description)}</desc>{content}</svg>"
+        f"<title>{escape(words.title)}</title><desc>{escape(words.description)}</desc>{content}</svg></div>"
     )
 
 
