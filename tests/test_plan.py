@@ -1,6 +1,8 @@
 """Plans against what really happened: sizes of real runs, peaks of their stages, and a model no laptop could load."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,9 @@ import pytest
 import latmix
 from latmix.analysis.plan import Plan, plan
 from latmix.archs import ARCHS
+from latmix.assets import DEMO_MODEL
+from latmix.recipe import override
+from latmix.recipes import find
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION
 
@@ -39,6 +44,29 @@ def test_predicted_size_of_other_formats(format: str, tmp_path: Path) -> None:
     run = latmix.quantize(model, tmp_path / "run", "rtn", CALIBRATION, 0, {**settings("rtn"), "weights": format})
     (predicted,) = plan(model, "rtn", (format,)).checkpoints[1:]
     assert predicted.disk == pytest.approx((run.path / "quantized.safetensors").stat().st_size, rel=0.01)
+
+
+PEAK = """
+import sys
+from latmix.analysis.plan import plan
+print(max(plan(sys.argv[1], sys.argv[2], ("mxfp4",)).work.peak.values()))
+"""
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "latmix-lu"])
+def test_predicted_peak_is_near_the_measured_one(recipe: str, tmp_path: Path) -> None:
+    """On the model that ships with latmix, both in processes of their own, as users have them. Most of it is Python and
+    its packages: on so small a model this tests the sum, not every term."""
+    short = {"calibration.windows": "16", "calibration.held_out": "4"}
+    short |= {"learning.steps": "2"} if recipe == "latmix-lu" else {}
+    (tmp_path / "recipe.json").write_text(override(find(recipe), short).to_json())
+    words = ["--out", tmp_path / "run", "--recipe", tmp_path / "recipe.json"]
+    subprocess.run([sys.executable, "-m", "latmix", "quantize", DEMO_MODEL, *words], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, DEMO_MODEL, tmp_path / "recipe.json"], check=True, capture_output=True, text=True
+    )
+    stages = json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]
+    assert int(done.stdout) == pytest.approx(max(stage["peak_bytes"] for stage in stages.values()), rel=0.15)
 
 
 def test_seventy_billion_do_not_fit_a_24_gb_card(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ KEPT, FULL = 2, 4  # bytes: bfloat16 on disk and in the cache, float32 while qua
 LEARN_LOGITS, MEASURE_LOGITS = 8, 5  # tensors of the size of the logits that live at once
 LEARN_WIDTHS, LEARN_FFN = 20, 9  # kept for backward per token and layer: vectors of hidden, of feed-forward width
 MEASURE_BATCH = 8  # windows in one forward
+WARM = 170 * 10**6  # tokenizer, first forward, compiler of the kernels: measured on the demo model, 2026-11-22
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.
     everything = FULL * (packed + 2 * table)  # the head is untied before anything moves
     moved = FULL * (packed + (2 * table if recipe.folded else 0))
     window = min(recipe.calibration.window, config.max_position_embeddings)
-    tokens, base = recipe.calibration.windows * window, resident()
+    tokens, base = recipe.calibration.windows * window, resident() + WARM
     logits = MEASURE_BATCH * window * config.vocab_size * FULL
     per_token = config.num_hidden_layers * (LEARN_WIDTHS * config.hidden_size + LEARN_FFN * config.intermediate_size)
     widest = max(columns for _, columns in linears)
@@ -174,8 +175,7 @@ def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.
     seconds = {"quantize": 2 * packed * tokens * (1 + len(arch.inputs) / 2) / rate if hessians else 0.0}
     if (learning := recipe.learning) is not None:
         batch = math.ceil(learning.batch / learning.accumulation) * window
-        attention = 2 * config.num_attention_heads * window * config.num_hidden_layers
-        kept = 1 if learning.checkpointing else batch * (per_token + attention)
+        kept = 0 if learning.checkpointing else batch * per_token  # fused attention keeps no matrix of scores
         peak["learn"] = base + everything + 3 * moved + FULL * (kept + LEARN_LOGITS * batch * config.vocab_size)
         seen = learning.steps * learning.batch * window
         seconds["learn"] = 8 * (packed + table) * seen / rate * 2  # teacher 2, student 6 a weight; as much for rounding
