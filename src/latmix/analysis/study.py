@@ -79,8 +79,6 @@ def analyze(model: Path | str, out: Path | str, question: Question, progress: Pr
         half = len(every) // 2
         taught, held_out = _spread(every[:half], question.windows), _spread(every[half:], question.windows)
         seen = [collect(loaded, part, question.tokens, question.seed) for part in (taught, held_out)]
-        if len({seen[0][spot].shape[-1] for spot in spots}) > 1:
-            raise LatmixError(f"The places of '{question.site}' have different widths; choose one of them.")
         pooled = [torch.cat([half[spot] for spot in spots]) for half in seen]
         write_csv(folder / "places.csv", _places(seen[0], seen[1], fmt))
         sizes = sorted({*question.blocks, fmt.block} & set(range(1, pooled[0].shape[-1] + 1)))
