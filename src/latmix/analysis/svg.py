@@ -12,7 +12,8 @@ from html import escape
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 78, 12, 12, 40
 SERIES = 6  # colours; more series start over with dashes
 
-Points = Sequence[tuple[float, float]]
+Number = int | float
+Points = Sequence[tuple[Number, Number]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def lines(words: Words, series: Mapping[str, Points], labels: Sequence[str] = ()
     ticks = nice_ticks(low_y, high_y)
     high_y = max(high_y, ticks[-1])
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def place(x: Number, y: Number) -> tuple[float, float]:
         across = (x - low_x) / ((high_x - low_x) or 1)
         up = (y - low_y) / ((high_y - low_y) or 1)
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
@@ -89,10 +90,10 @@ def _figure(words: Words, content: str, height: int) -> str:
     )
 
 
-def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+def nice_ticks(low: Number, high: Number, wanted: int = 5) -> list[float]:
     """Round numbers that cover low … high."""
     if not high > low:
-        return [low, low + 1]
+        return [float(low), float(low + 1)]
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -100,7 +101,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [step * k for k in range(first, math.ceil(high / step - 1e-9) + 1)]
 
 
-def _x_ticks(low: float, high: float, labels: Sequence[str]) -> list[tuple[float, str]]:
+def _x_ticks(low: Number, high: Number, labels: Sequence[str]) -> list[tuple[float, str]]:
     if labels:
         step = math.ceil(len(labels) / 10)
         return [(float(i), labels[i]) for i in range(0, len(labels), step)]
