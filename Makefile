@@ -1,8 +1,9 @@
-# Two commands: `make demo` sets up and quantizes the embedded model; `make test` sets up and runs every check and test.
+# `make demo` sets up and quantizes the embedded model; `make test` sets up and runs every check and test; `make docs`
+# builds the documentation into site/ and fails on any broken link.
 PYTHON ?= python3
 export OMP_WAIT_POLICY = PASSIVE  # a spinning OpenMP barrier costs milliseconds a region on shared cores
 
-.PHONY: demo test
+.PHONY: demo test docs
 
 demo: .venv/installed
 	.venv/bin/latmix demo
@@ -14,6 +15,9 @@ test: .venv/installed-dev
 	.venv/bin/lint-imports
 	.venv/bin/pytest
 
+docs: .venv/installed-docs
+	.venv/bin/mkdocs build --strict
+
 # torch by its exact version first: looser requests can pick another build.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,5 +26,9 @@ test: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	.venv/bin/pip install --quiet --editable '.[dev,export,parity]'
+	.venv/bin/pip install --quiet --editable '.[dev,export,parity,plots]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	.venv/bin/pip install --quiet --editable '.[docs]'
 	touch $@

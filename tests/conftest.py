@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+hypothesis.settings.register_profile("campaign", max_examples=10_000, deadline=None)  # --hypothesis-profile=campaign
 install_import_hook("latmix", "beartype.beartype")
 
 

@@ -68,10 +68,13 @@ def test_flags_do_not_grow() -> None:
         name: [p.name for p in command.params if p.param_type_name == "option"] for name, command in commands.items()
     }
     assert {name: len(found) for name, found in options.items()} == {
+        "analyze": 6,
         "demo": 2,
-        "quantize": 5,
         "evaluate": 5,
         "export": 3,
-        "verify": 2,
         "list": 0,
+        "plan": 3,
+        "quantize": 5,
+        "report": 1,
+        "verify": 2,
     }

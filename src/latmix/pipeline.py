@@ -21,7 +21,7 @@ from latmix.assets import CALIBRATION
 from latmix.data import calibration_windows, read_text, windows
 from latmix.distill import Mapped, Step, learn, mean_divergence, tune
 from latmix.errors import LatmixError
-from latmix.eval import Estimate, score, size_of
+from latmix.eval import Estimate, errors_of_run, score, size_of
 from latmix.model import checkpoint
 from latmix.model.attach import Attached, attach
 from latmix.model.calibrate import quantize_weights
@@ -113,6 +113,7 @@ def quantize(
             maps.save(folder / TRANSFORMS)
         with stages.stage("measure"):
             scores = score(student, held_out, loaded.model)
+            errors = errors_of_run(loaded, maps, held_out, parse_format(recipe.activations))
         size = size_of(folder, sum(q.codes.numel() for q in quantized.values()))
         summary = {
             "recipe": recipe.digest,
@@ -120,6 +121,7 @@ def quantize(
             "size": dataclasses.asdict(size),
             "float_change_kl": float_change,
             "maps": reports(maps),
+            "errors": errors,
             "stages": stages.costs,
             "kernels": kernels.status(),
             "model": str(model),

@@ -10,7 +10,8 @@ from latmix.errors import LatmixError
 app = typer.Typer(
     name="latmix",
     help="Turn a Hugging Face language model into a 4-bit microscaling (MX) model that keeps its accuracy.",
-    epilog="Start with: latmix demo. Then: latmix quantize MODEL --out RUN, latmix evaluate RUN --text FILE.",
+    epilog="Start with: latmix demo. Then: latmix quantize MODEL --out RUN, latmix evaluate RUN --text FILE. "
+    "The guide is in docs/; make docs builds it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -173,15 +173,17 @@ def evaluated_once(module: nn.Module) -> Iterator[None]:
 
 
 class Builder(Protocol):
-    """Makes a named transform, parameters in float32. Its docstring is the line that `latmix list` shows.
+    """Makes a named transform, parameters in float32. Its docstring is the line that `latmix list` shows."""
 
-    Args:
-        init: name in INITIALS of the matrix where a learned dense map starts; maps without such a choice do not use it.
-        block: block size of the block-diagonal maps and initial matrices.
-        seed: of whatever is random.
-    """
-
-    def __call__(self, size: int, init: str, block: int, seed: int) -> Transform: ...
+    def __call__(self, size: int, init: str, block: int, seed: int) -> Transform:
+        """
+        Args:
+            init: name in INITIALS of the matrix where a learned dense map starts; maps without such a choice do not
+                use it.
+            block: block size of the block-diagonal maps and initial matrices.
+            seed: of whatever is random.
+        """
+        ...
 
 
 TRANSFORMS: Registry[Builder] = Registry("transform")

@@ -1,0 +1,182 @@
+"""`latmix report`: runs → one HTML file that needs nothing else: no network, no script, light or dark as the reader's.
+
+It reads run directories only; nothing is measured again. Sections that no run has data for are left out. Given up:
+comparing runs whose held-out text differs; the table says which text each was measured on.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from latmix.analysis.svg import Words, heat, lines
+from latmix.errors import LatmixError
+from latmix.rundir import METRICS, RECIPE, SUMMARY, is_run, read_json
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run directory says about itself."""
+
+    name: str
+    recipe: dict[str, Any]
+    summary: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]
+
+
+def report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the page; returns its path.
+
+    Raises: LatmixError: no run there, a damaged one, or `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise LatmixError(f"'{out}' exists; choose another --out or remove it.")
+    page = render([read(run) for run in runs])
+    try:
+        out.write_text(page, "utf-8")
+    except OSError as error:
+        raise LatmixError(f"Cannot write '{out}': {error.strerror}.") from error
+    return out
+
+
+def read(run: Path) -> Record:
+    """Raises: LatmixError: not a run, or damaged."""
+    if not is_run(run):
+        raise LatmixError(f"'{run}' is not a run directory: it has no {RECIPE}.")
+    steps: list[dict[str, Any]] = []
+    if (run / METRICS).exists():
+        try:
+            steps = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines()]
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise LatmixError(f"'{run / METRICS}' is damaged: {error}.") from error
+    return Record(run.name, read_json(run / RECIPE), read_json(run / SUMMARY), tuple(steps))
+
+
+def render(records: Sequence[Record]) -> str:
+    """The page. Raises: LatmixError: a summary lacks what every run has."""
+    try:
+        sections = [_comparison(records), _learning(records), *(_run(record) for record in records)]
+    except (KeyError, TypeError) as error:
+        raise LatmixError(
+            f"A run's {SUMMARY} or {METRICS} is damaged or of another version: {error} is missing."
+        ) from error
+    style = (Path(__file__).parent / "report.css").read_text("utf-8")
+    title = "latmix: " + ", ".join(escape(record.name) for record in records)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{style}</style></head><body><main><h1>latmix report</h1>'
+        + "".join(sections)
+        + "</main></body></html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _numbers(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"<details><summary>The numbers</summary>{table(head, rows)}</details>"
+
+
+def _comparison(records: Sequence[Record]) -> str:
+    head = ("run", "recipe", "seed", "perplexity", "KL", "KL 95 %", "top-1", "bits / weight", "MB", "s", "peak MB")
+    rows = []
+    for record in records:
+        s, held_out = record.summary, record.summary["held_out"]
+        kl, stages = held_out["kl"], s["stages"].values()
+        figures = [f"{held_out['perplexity']['mean']:.3f}", f"{kl['mean']:.4f}", f"{kl['low']:.4f}–{kl['high']:.4f}"]
+        figures += [f"{held_out['top1_agreement']['mean']:.1%}", f"{s['size']['bits_per_weight']:.2f}"]
+        costs = [sum(cost["seconds"] for cost in stages), max(cost["peak_bytes"] for cost in stages) / 1e6]
+        figures += [f"{s['size']['bytes'] / 1e6:.2f}", *(f"{cost:.0f}" for cost in costs)]
+        rows.append([record.name, record.recipe["name"], str(record.recipe["seed"]), *figures])
+    note = "Measured on the held-out part of each run's calibration text; KL in nats per token to full precision."
+    return f"<section><h2>Runs side by side</h2><p>{note}</p>{table(head, rows)}</section>"
+
+
+def _learning(records: Sequence[Record]) -> str:
+    learned = {record.name: record.steps for record in records if record.steps}
+    if not learned:
+        return ""
+    held_out = {
+        name: [(s["step"], s["held_out"]) for s in steps if s["held_out"] is not None]
+        for name, steps in learned.items()
+    }
+    loss = {name: [(s["step"], s["loss"]) for s in steps[1:]] for name, steps in learned.items()}
+    ends = "; ".join(f"{name} from {v[0][1]:.4f} to {min(y for _, y in v):.4f} at best" for name, v in held_out.items())
+    words = Words("Learning: held-out KL", "step", "nats per token", ends + ".")
+    charts = lines(words, held_out)
+    rows = [[name, f"{step}", f"{value:.5f}"] for name, points in held_out.items() for step, value in points]
+    charts += _numbers(("run", "step", "held-out KL"), rows)
+    if all(loss.values()):
+        last = "; ".join(f"{name} ends at {points[-1][1]:.4f}" for name, points in loss.items())
+        charts += lines(Words("Learning: loss of every step", "step", "nats per token", last + "."), loss)
+        tenth = [[n, f"{x}", f"{y:.5f}"] for n, points in loss.items() for x, y in points[:: max(1, len(points) // 20)]]
+        charts += _numbers(("run", "step", "loss"), tenth)
+    return f"<section><h2>Learning</h2>{charts}</section>"
+
+
+def _run(record: Record) -> str:
+    s, recipe = record.summary, record.recipe
+    facts = [
+        ["model", s["model"]],
+        ["formats", f"weights {recipe['weights']}, activations {recipe['activations']}"],
+        ["weight quantizer", recipe["quantizer"]],
+        ["maps folded", _pairs(recipe["folded"])],
+        ["maps at run time", _pairs(recipe["online"])],
+        ["seed", str(recipe["seed"])],
+        [
+            "calibration",
+            f"{s['calibration']['text']}, {s['calibration']['shape'][0]} windows of {s['calibration']['shape'][1]}",
+        ],
+        ["sha256 of the text", s["calibration"]["sha256"]],
+        ["maps alone, nothing rounded", _change(s["float_change_kl"])],
+        ["versions", _pairs(s["versions"])],
+        ["kernels", s["kernels"]],
+    ]
+    stages = [[n, f"{c['seconds']:.1f}", f"{c['peak_bytes'] / 1e6:.0f}"] for n, c in s["stages"].items()]
+    maps = [[n, f"{m['condition']:.3f}", f"{m['logabsdet']:.3f}"] for n, m in s["maps"].items()]
+    parts = [
+        f"<h2>{escape(record.name)}</h2>",
+        f'<div class="facts">{table(("what was done", ""), facts)}</div>',
+        _errors(s.get("errors", {})),
+    ]
+    parts.append("<h3>What it took</h3>" + table(("stage", "s", "peak MB"), stages))
+    if maps:
+        parts.append("<h3>Maps</h3>" + table(("map", "condition number", "log |det|"), maps))
+    parts.append(f"<details><summary>Recipe</summary><pre>{escape(json.dumps(recipe, indent=2))}</pre></details>")
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _errors(errors: Mapping[str, Mapping[str, list[float]]]) -> str:
+    if not errors:
+        return ""
+    means = {key: [sum(e[key]) / len(e[key]) for e in errors.values()] for key in ("before", "after")}
+    worst = max(zip(means["after"], errors, strict=True))
+    total = sum(means["after"]) / sum(means["before"])
+    says = f"Over all inputs the map leaves {total:.2f} of the error; most is left at {worst[1]}, {worst[0]:.4f}."
+    words = Words("Error of the activations, before and after the maps", "input / layer", "relative", says)
+    curves = {key: list(enumerate(values)) for key, values in means.items()}
+    rows = [
+        [place, f"{b:.5f}", f"{a:.5f}"] for place, b, a in zip(errors, means["before"], means["after"], strict=True)
+    ]
+    ratios = {p: [a / b if b else 1.0 for a, b in zip(e["after"], e["before"], strict=True)] for p, e in errors.items()}
+    kept = [ratio for values in ratios.values() for ratio in values]
+    says = f"From {min(kept):.2f} to {max(kept):.2f} of the error before; the rows are inputs, the columns blocks."
+    cells = heat(Words("The same in every block", "block", "error after, divided by error before", says), ratios)
+    return lines(words, curves, list(errors)) + _numbers(("input / layer", "before", "after"), rows) + cells
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "none"
+
+
+def _change(change: Mapping[str, float]) -> str:
+    return f"KL {change['before']:.4f} before learning, {change['after']:.4f} after"

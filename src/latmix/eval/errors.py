@@ -1,0 +1,89 @@
+"""E(T), the error that a map leaves: E(T) = E‖x − T⁻¹(Q(T(x)))‖² / d, and its share E_B(T) in every block of x.
+
+The error is taken in the original basis, where maps can be compared: a map that amplifies its output has to pay when it
+is undone. The blocks of E_B are those of x, whatever T did to them, so their mean is E(T).
+"""
+
+from contextlib import nullcontext
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from latmix.eval.activations import collect
+from latmix.model.attach import linear_maps
+from latmix.model.load import Loaded
+from latmix.model.maps import Maps
+from latmix.model.parts import layers
+from latmix.numerics import BlockFormat, fake_quant
+from latmix.numerics.scales import to_blocks
+from latmix.transforms import Transform, evaluated_once
+
+TOKENS = 2048  # enough for a mean, at every place of a run
+
+BATCH = 256  # tokens at a time
+
+
+@torch.no_grad()
+def block_errors(map: Transform | None, x: Float[Tensor, "tokens n"], fmt: BlockFormat) -> Float[Tensor, " blocks"]:
+    """E_B(T): mean squared error per element in each block of x (float64); `map` None is the identity."""
+    total = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
+    with nullcontext() if map is None else evaluated_once(map):
+        for part in x.split(BATCH):
+            total += (through(map, part, fmt) - part).double().square().sum(0)
+    return _means(total / len(x), fmt)
+
+
+def _means(values: Float[Tensor, " n"], fmt: BlockFormat) -> Float[Tensor, " blocks"]:
+    """Mean in each block; a partial last one is smaller."""
+    return to_blocks(values, fmt.block).sum(-1) / to_blocks(torch.ones_like(values), fmt.block).sum(-1)
+
+
+def error(map: Transform | None, x: Float[Tensor, "tokens n"], fmt: BlockFormat) -> float:
+    """E(T). Blocks count by their size."""
+    per_block = block_errors(map, x, fmt)
+    sizes = to_blocks(torch.ones_like(x[0], dtype=torch.float64), fmt.block).sum(-1)
+    return float((per_block * sizes).sum() / sizes.sum())
+
+
+@torch.no_grad()
+def through(map: Transform | None, x: Float[Tensor, "*batch n"], fmt: BlockFormat) -> Float[Tensor, "*batch n"]:
+    """T⁻¹(Q(T(x))): what becomes of an activation."""
+    if map is None:
+        return fake_quant(x, fmt)
+    with evaluated_once(map):
+        back: Tensor = map.inverse(fake_quant(map(x), fmt))
+    return back
+
+
+@torch.no_grad()
+def errors_of_run(
+    original: Loaded, maps: Maps, windows: Int[Tensor, "windows window"], fmt: BlockFormat
+) -> dict[str, dict[str, list[float]]]:
+    """At every input of every layer: E_B relative to the mean square of the activation, without a map ("before") and
+    with the run's ("after"), on the activations of the unquantized model, whose norm gains have been absorbed.
+
+    A map of the stream acts before the norm, which divides its shift by another number at every token; there the linear
+    part alone is taken. Cost: one forward, and one inverse of each map per place.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    heads = original.model.config.num_key_value_heads
+    owners = layers(original.model, original.arch)
+    with evaluated_once(maps):
+        for place, x in collect(original, windows, TOKENS, seed=0).items():
+            reader = original.arch.input(place.input).readers[0]
+            map, _ = linear_maps(original.arch, maps, owners[place.layer], reader, place.layer, heads)
+            site = original.arch.source(reader)
+            rounded = fake_quant(x, fmt)
+            after = rounded
+            if map is not None and site is not None and site.stream:
+                after = map.solve(fake_quant(map.linear(x), fmt))
+            elif map is not None:
+                after = map.inverse(fake_quant(map(x), fmt))
+            energy = x.double().square().mean()
+            both = {"before": rounded, "after": after}
+            found[str(place)] = {
+                key: (_means((value - x).double().square().mean(0), fmt) / energy).tolist()
+                for key, value in both.items()
+            }
+    return found
