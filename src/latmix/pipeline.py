@@ -22,9 +22,11 @@ from latmix.data import calibration_windows, read_text, windows
 from latmix.distill import Mapped, Step, learn, mean_divergence, tune
 from latmix.errors import LatmixError
 from latmix.eval import Estimate, score, size_of
+from latmix.layerwise import learn_layers
 from latmix.model import checkpoint
 from latmix.model.attach import Attached, attach
 from latmix.model.calibrate import quantize_weights
+from latmix.model.fit import fit
 from latmix.model.fold import absorb_gains, fold
 from latmix.model.inputs import quantize_inputs
 from latmix.model.load import Loaded, load
@@ -186,10 +188,13 @@ def _transform(
     activations, weights = parse_format(recipe.activations), parse_format(recipe.weights)
     torch.manual_seed(recipe.seed)
     student, maps = checkpoint.share(loaded.model), _maps(loaded, recipe, activations)
-    in_loop = weights if recipe.learning and recipe.learning.weights else None
+    taught_by = recipe.learning or recipe.layerwise
+    in_loop = weights if taught_by and taught_by.weights else None
     attached = attach(student, loaded.arch, maps, activations, in_loop)
     before = _float_change(loaded.model, attached, held_out)
     with stages.stage("learn"):
+        fit(maps, loaded.model, loaded.arch, taught)
+        learn_layers(attached, loaded.model, taught, recipe, progress)
         _learn(attached, loaded.model, taught, held_out, recipe, folder, progress)
     after = _float_change(loaded.model, attached, held_out)
     with stages.stage("fold"):

@@ -3,7 +3,7 @@
 A command is a function in a file of this package that registers itself on `app`; the file is imported here.
 """
 
-from latmix.cli import catalogue, run
+from latmix.cli import catalogue, compare, run
 from latmix.cli.app import app, main
 
-__all__ = ["app", "catalogue", "main", "run"]
+__all__ = ["app", "catalogue", "compare", "main", "run"]
