@@ -20,6 +20,7 @@ from latmix.recipe import Layerwise, Learning, Recipe
 from latmix.recipes import RECIPES, find
 from latmix.transforms import BlockRotation, Diagonal, Hadamard, Wush
 from latmix.transforms.wush import optimum
+from latmix.weights import GPTQ, parse_quantizer, proxy_loss
 from tests.models import perturb, tiny
 
 LLAMA = ARCHS["llama"]
@@ -98,7 +99,11 @@ def test_brq_never_mixes_two_blocks(model) -> None:
 
 def test_mr_gptq_searches_scales_and_spreads_each_block_alone(model) -> None:
     recipe = find("mr-gptq")
-    assert parse_format(recipe.weights).scale == "search" and not recipe.folded
+    assert parse_quantizer(recipe.quantizer) == GPTQ(search=True) and not recipe.folded
+    weight = torch.randn(16, 64) * torch.randn(16, 64).exp()
+    format, flat = parse_format("mxint4"), torch.eye(64)
+    searched, plain = (proxy_loss(weight, GPTQ(search=s)(weight, flat, format), flat) for s in (True, False))
+    assert searched < plain  # with an identity for a Hessian, the loss is the squared error
     matrix = maps_of(recipe, model).online("qkv", 1).matrix()
     torch.testing.assert_close(matrix, torch.block_diag(*[Hadamard(32).matrix()] * 2))
 

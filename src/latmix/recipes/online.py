@@ -12,7 +12,7 @@ def mr_gptq() -> Recipe:
 
     Without the tensor-wide factor that the authors put before E8M0 scales, which is not the same format.
     """
-    return Recipe("mr-gptq", online=dict.fromkeys(INPUTS, "block-hadamard"), weights="mxfp4:scale=search")
+    return Recipe("mr-gptq", online=dict.fromkeys(INPUTS, "block-hadamard"), quantizer="gptq:search=true")
 
 
 @preset
