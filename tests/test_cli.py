@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_pipeline import FAST, save_tiny
+from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION, OTHER
 
 
@@ -21,9 +21,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_quantize_then_evaluate(model: Path, tmp_path: Path) -> None:
-    settings = [f"--set={key}={value}" for key, value in FAST.items()]
+    chosen = [f"--set={key}={value}" for key, value in settings("latmix-lu").items()]
     run, report = tmp_path / "run", tmp_path / "report.json"
-    done = latmix("quantize", model, "--out", run, "--calibration", CALIBRATION, "--seed", "3", *settings)
+    done = latmix("quantize", model, "--out", run, "--calibration", CALIBRATION, "--seed", "3", *chosen)
     assert done.returncode == 0, done.stderr
     assert "held-out calibration text" in done.stdout
     assert json.loads((run / "recipe.json").read_text())["seed"] == 3
@@ -69,6 +69,7 @@ def test_flags_do_not_grow() -> None:
     }
     assert {name: len(found) for name, found in options.items()} == {
         "analyze": 6,
+        "compare": 13,
         "demo": 2,
         "evaluate": 5,
         "export": 3,

@@ -24,7 +24,7 @@ def quantized_tiny():
     arch, teacher = ARCHS["llama"], tiny("llama")
     absorb_gains(teacher, arch)
     model = share(teacher)
-    maps = build_maps(arch, teacher.config, {}, {"down": "block-hadamard"}, shift=False, block=32, seed=0)
+    maps = build_maps(arch, teacher.config, {}, {"down": "block-hadamard"}, block=32, seed=0)
     quantize_inputs(model, arch, maps, FORMAT)
     quantized = quantize_weights(model, arch, LEARN, parse_quantizer("rtn"), FORMAT, lambda layer: None)
     return teacher, model, quantized

@@ -16,15 +16,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latmix import recipes
+from latmix import recipes, targets
 from latmix.assets import CALIBRATION
 from latmix.data import calibration_windows, read_text, windows
 from latmix.distill import Mapped, Step, learn, mean_divergence, tune
 from latmix.errors import LatmixError
 from latmix.eval import Estimate, errors_of_run, score, size_of
+from latmix.layerwise import learn_layers
 from latmix.model import checkpoint
 from latmix.model.attach import Attached, attach
 from latmix.model.calibrate import quantize_weights
+from latmix.model.fit import fit
 from latmix.model.fold import absorb_gains, fold
 from latmix.model.inputs import quantize_inputs
 from latmix.model.layout import layout_of
@@ -36,7 +38,6 @@ from latmix.progress import Progress
 from latmix.recipe import Recipe, override
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, is_run, new_run, write_json
 from latmix.stages import Stages
-from latmix.targets import fit
 from latmix.weights import parse_quantizer
 
 LONGEST_WINDOW = 2048  # the field's window for perplexity, where the model can take it
@@ -95,7 +96,7 @@ def quantize(
             corpus = read_text(calibration or CALIBRATION, recipe.calibration.separator)
             loaded = load(model)
             taught, held_out = calibration_windows(corpus, loaded.tokenizer, recipe.calibration, loaded.longest)
-            recipe = fit(recipe, layout_of(loaded.model, loaded.arch, recipe))
+            recipe = targets.fit(recipe, layout_of(loaded.model, loaded.arch, recipe))
             absorb_gains(loaded.model, loaded.arch)
         student, maps, float_change = _transform(loaded, taught, held_out, recipe, folder, stages, progress)
         with stages.stage("quantize"):
@@ -193,10 +194,13 @@ def _transform(
     activations, weights = parse_format(recipe.activations), parse_format(recipe.weights)
     torch.manual_seed(recipe.seed)
     student, maps = checkpoint.share(loaded.model), _maps(loaded, recipe, activations)
-    in_loop = weights if recipe.learning and recipe.learning.weights else None
+    taught_by = recipe.learning or recipe.layerwise
+    in_loop = weights if taught_by and taught_by.weights else None
     attached = attach(student, loaded.arch, maps, activations, in_loop)
     before = _float_change(loaded.model, attached, held_out)
     with stages.stage("learn"):
+        fit(maps, loaded.model, loaded.arch, taught)
+        learn_layers(attached, loaded.model, taught, recipe, progress)
         _learn(attached, loaded.model, taught, held_out, recipe, folder, progress)
     after = _float_change(loaded.model, attached, held_out)
     with stages.stage("fold"):

@@ -15,6 +15,8 @@ from typing import ClassVar
 from latmix.errors import LatmixError
 from latmix.typed import build, replaced
 
+OBJECTIVES = ("kl", "cross-entropy")
+
 
 def _at_least(key: str, owner: object, **lowest: int) -> None:
     for name, limit in lowest.items():
@@ -44,9 +46,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What every learning stage has: steps of Adam on the KL to the unquantized model.
+    """What every learning stage has: steps of Adam on a divergence from the unquantized model, or from the text.
 
     Attributes:
+        objective: "kl", the divergence of the unquantized model's distribution from the quantized one's, or
+            "cross-entropy", that of the text (which needs no teacher).
         steps: optimizer steps; the learning rate falls on a cosine to a tenth of its start, after a short warmup.
         lr: Adam's peak learning rate.
         batch: windows an optimizer step sees.
@@ -56,6 +60,7 @@ class Distillation:
         evaluate_every: steps between measurements of KL on the held-out windows.
     """
 
+    objective: str = "kl"
     steps: int = 200
     lr: float = 3e-3
     batch: int = 8
@@ -70,6 +75,9 @@ class Distillation:
         _at_least(self.key, self, steps=1, batch=1, accumulation=1, evaluate_every=1, lr=0)
         if self.accumulation > self.batch:
             raise LatmixError(f"Recipe key '{self.key}.accumulation' is {self.accumulation}, above {self.key}.batch.")
+        if self.objective not in OBJECTIVES:
+            known = ", ".join(OBJECTIVES)
+            raise LatmixError(f"Recipe key '{self.key}.objective' is '{self.objective}'; known: {known}.")
         if self.top_k is not None and self.top_k < 2:
             raise LatmixError(f"Recipe key '{self.key}.top_k' is {self.top_k}; it must be at least 2, or none.")
 
@@ -118,6 +126,26 @@ class Tuning(Distillation):
 
 
 @dataclass(frozen=True)
+class Layerwise:
+    """Learning of the online maps one decoder layer at a time, on the squared error of the layer's output.
+
+    Attributes:
+        epochs: passes over the calibration windows, for each layer.
+        lr: AdamW's peak learning rate; a cosine takes it to a tenth.
+        batch: windows an optimizer step sees.
+        weights: fake-quantize the weights as well as the activations.
+    """
+
+    epochs: int = 15
+    lr: float = 5e-3
+    batch: int = 8
+    weights: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("layerwise", self, epochs=1, batch=1, lr=0)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run.
 
@@ -127,10 +155,12 @@ class Recipe:
         quantizer: the weight quantizer.
         folded: site → transform, folded into the weights; costs nothing at inference. With `shift=full` or
             `shift=layers` (`latmix.model.maps.SHIFTS`) it has a learned shift v, which becomes biases.
-        online: input → orthogonal transform applied to activations at run time.
+        online: input → transform applied to activations at run time, its inverse folded into the readers; one for each
+            layer where it has something to learn or to fit.
         target: the export that has to be able to express the run (`latmix.targets`): what it cannot is left out before
             anything is learned; None: nothing is left out.
-        learning: how maps are learned; None leaves them as initialised.
+        layerwise: how each layer's own maps are learned, before anything else; None: not so.
+        learning: how maps are learned end to end; None leaves them as they are.
         tuning: how free parts are tuned after the weights are quantized; None leaves them.
     """
 
@@ -141,6 +171,7 @@ class Recipe:
     folded: Mapping[str, str] = field(default_factory=dict)
     online: Mapping[str, str] = field(default_factory=dict)
     target: str | None = None
+    layerwise: Layerwise | None = None
     learning: Learning | None = None
     tuning: Tuning | None = None
     calibration: Calibration = Calibration()

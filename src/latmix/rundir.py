@@ -46,8 +46,19 @@ def new_run(out: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Raises: LatmixError: the file cannot be written."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process is killed: under another name first, then renamed.
+
+    Raises: LatmixError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
     except OSError as error:
         raise LatmixError(f"Cannot write '{path}': {error.strerror}.") from error
 

@@ -7,7 +7,7 @@ import torch
 
 import latmix
 from latmix.numerics import FORMATS
-from tests.test_pipeline import FAST, save_tiny
+from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION, OTHER
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -24,7 +24,7 @@ def test_codes_and_scales_equal_the_cpu_s(format: str) -> None:
 
 def test_a_run_on_the_gpu(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
-    run = latmix.quantize(model, tmp_path / "run", "latmix-lu", CALIBRATION, 0, FAST)
+    run = latmix.quantize(model, tmp_path / "run", "latmix-lu", CALIBRATION, 0, settings("latmix-lu"))
     assert run.summary["stages"]["learn"]["peak_device_bytes"] > 0
     result = latmix.evaluate(run.path, OTHER, reference=model)
     assert result.kl is not None and result.kl.mean > 0

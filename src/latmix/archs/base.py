@@ -23,19 +23,23 @@ class Site:
 
     Attributes:
         name: the word in a recipe.
-        writers: linears whose outputs live in this basis.
+        writers: linears (or the one norm) whose outputs live in this basis.
         readers: linears whose inputs live in it.
         stream: the vectors are *added up* (residual stream): one map for the whole model, whose shift is put on the
             stream once, by the embedding; writers apply the linear part only.
         exact_for: the widest class of maps that leaves the model's function untouched. `"rotation"` where an
-            uncorrected RMSNorm reads the basis, `"affine"` where only linears do.
+            uncorrected RMSNorm reads the basis, `"affine"` where only linears do, `"diagonal"` where a norm's gain
+            writes it or products of coordinates are taken in it; there, other maps cannot stand at all.
+        width: what a vector of this basis is as long as: the stream, the heads of the values (a map for each), or the
+            inside of the MLP.
     """
 
     name: str
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     stream: bool
-    exact_for: Literal["rotation", "affine"]
+    exact_for: Literal["rotation", "affine", "diagonal"]
+    width: Literal["hidden", "heads", "intermediate"] = "hidden"
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,17 @@ class Arch:
         """Every quantized linear of a layer, in the order of computation."""
         return tuple(reader for spot in self.inputs for reader in spot.readers)
 
-    def source(self, linear: str) -> Site | None:
-        """The site `linear` reads."""
-        return next((site for site in self.sites if linear in site.readers), None)
+    def sources(self, linear: str) -> tuple[Site, ...]:
+        """The sites `linear` reads, in the order in which their maps act on what it reads."""
+        return tuple(site for site in self.sites if linear in site.readers)
 
     def target(self, linear: str) -> Site | None:
         """The site `linear` writes."""
         return next((site for site in self.sites if linear in site.writers), None)
+
+    def norm(self, site: Site) -> str | None:
+        """The norm whose gain writes `site`, if one does."""
+        return next((spot.norm for spot in self.inputs if spot.norm in site.writers), None)
 
     @property
     def _sites(self) -> Registry[Site]:

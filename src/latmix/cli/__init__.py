@@ -3,7 +3,7 @@
 A command is a function in a file of this package that registers itself on `app`; the file is imported here.
 """
 
-from latmix.cli import analyze, catalogue, export, run
+from latmix.cli import analyze, catalogue, compare, export, run
 from latmix.cli.app import app, main
 
-__all__ = ["analyze", "app", "catalogue", "export", "main", "run"]
+__all__ = ["analyze", "app", "catalogue", "compare", "export", "main", "run"]

@@ -19,7 +19,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 bad input or usage, 130 interrupted."""
+    """Exit codes: 0 done, 1 a comparison with failed cells, 2 bad input or usage, 130 interrupted."""
     transformers.utils.logging.disable_progress_bar()  # ours is the only bar
     try:
         app()

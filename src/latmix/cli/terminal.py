@@ -20,11 +20,11 @@ def score_table(title: str, scores: Mapping[str, Any]) -> Table:
     return table
 
 
-def settings(pairs: list[str]) -> dict[str, str]:
+def settings(pairs: list[str], flag: str = "--set") -> dict[str, str]:
     """Raises: LatmixError: not key=value."""
     for pair in pairs:
         if "=" not in pair:
-            raise LatmixError(f"--set takes key=value, not '{pair}'.")
+            raise LatmixError(f"{flag} takes key=value, not '{pair}'.")
     return dict((pair.partition("=")[0], pair.partition("=")[2]) for pair in pairs)
 
 

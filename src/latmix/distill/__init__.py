@@ -1,6 +1,6 @@
 """KL distillation to the unquantized model: of the maps before the weights are quantized, of what is free after."""
 
-from latmix.distill.loop import Step, Student, accumulate, divergence, learning_rate, mean_divergence
+from latmix.distill.loop import Step, Student, accumulate, divergence, learning_rate, mean_divergence, objective
 from latmix.distill.maps import Mapped, learn, volume
 from latmix.distill.tune import tune
 
@@ -13,6 +13,7 @@ __all__ = [
     "learn",
     "learning_rate",
     "mean_divergence",
+    "objective",
     "tune",
     "volume",
 ]

@@ -1,4 +1,4 @@
-"""Distillation: a student learns to give the unquantized model's distribution over the next token.
+"""Distillation: a student learns to give the unquantized model's distribution over the next token, or to predict it.
 
 Who the student is, what of it learns and what must hold after a step is a `Student`'s business; the loop knows batches,
 the schedule and the held-out windows, and leaves the student at the step that did best on those. Given up: schedules
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latmix.errors import LatmixError
@@ -82,6 +83,20 @@ def learning_rate(step: int, schedule: Distillation) -> float:
         return schedule.lr * step / warmup
     progress = (step - warmup) / max(1, schedule.steps - warmup)
     return schedule.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def objective(
+    teacher: PreTrainedModel,
+    student: Float[Tensor, "batch window vocabulary"],
+    ids: Int[Tensor, "batch window"],
+    schedule: Distillation,
+) -> Float[Tensor, ""]:
+    """The loss of the student's logits on these windows, mean over tokens, in nats."""
+    if schedule.objective == "cross-entropy":
+        return F.cross_entropy(student[:, :-1].transpose(1, 2), ids[:, 1:])
+    with torch.no_grad():
+        target = teacher(ids, use_cache=False).logits
+    return divergence(target, student, schedule.top_k).mean()
 
 
 @torch.no_grad()
@@ -152,15 +167,13 @@ def _order(count: int, schedule: Distillation, seed: int) -> Int[Tensor, "steps 
 def accumulate(
     student: Student, teacher: PreTrainedModel, ids: Int[Tensor, "batch window"], schedule: Distillation
 ) -> float:
-    """Accumulate the gradient of one step; returns its KL loss."""
+    """Accumulate the gradient of one step; returns its loss."""
     total = 0.0
     parts = ids.chunk(schedule.accumulation)
     with student.evaluated_once():
         for part in parts:
-            with torch.no_grad():
-                target = teacher(part, use_cache=False).logits
             got = student.model(part, use_cache=False).logits
-            loss = divergence(target, got, schedule.top_k).mean() / len(parts)
+            loss = objective(teacher, got, part, schedule) / len(parts)
             penalized = loss + student.penalty() / len(parts)
             penalized.backward(retain_graph=part is not parts[-1])  # the parts may share a graph
             total += float(loss.detach())

@@ -73,10 +73,10 @@ def errors_of_run(
         for place, x in collect(original, windows, TOKENS, seed=0).items():
             reader = original.arch.input(place.input).readers[0]
             map, _ = linear_maps(original.arch, maps, owners[place.layer], reader, place.layer, heads)
-            site = original.arch.source(reader)
+            stream = any(site.stream for site in original.arch.sources(reader))
             rounded = fake_quant(x, fmt)
             after = rounded
-            if map is not None and site is not None and site.stream:
+            if map is not None and stream:
                 after = map.solve(fake_quant(map.linear(x), fmt))
             elif map is not None:
                 after = map.inverse(fake_quant(map(x), fmt))

@@ -116,6 +116,24 @@ class MovedEmbedding(nn.Module):
         return moved_table
 
 
+class MovedNorm(nn.Module):
+    """A norm whose gain writes a basis: a diagonal map scales it."""
+
+    def __init__(self, norm: nn.Module, target: Transform) -> None:
+        super().__init__()
+        self.norm = norm
+        self._target = (target,)
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        return self._target[0].linear(self.norm(x))
+
+    def fold(self, target: Transform) -> nn.Module:
+        gain = self.norm.weight
+        assert isinstance(gain, Tensor)
+        self.norm.weight = nn.Parameter(target.linear(gain.double()).to(gain.dtype), requires_grad=False)
+        return self.norm
+
+
 @dataclass(frozen=True)
 class Attached:
     """A model with maps in its linears and quantizers on its inputs."""
@@ -160,6 +178,9 @@ def attach(
                 layer.set_submodule(
                     name, MovedLinear(linear(layer, name), source, target, shifts=shifts, format=weights)
                 )
+        for site in arch.sites:
+            if (norm := arch.norm(site)) is not None and (gain_map := maps.folded(site.name, index)) is not None:
+                layer.set_submodule(norm, MovedNorm(layer.get_submodule(norm), gain_map))
     for site in arch.sites:
         if site.stream and (stream_map := maps.folded(site.name, 0)) is not None:
             embedding = model.get_submodule(arch.embedding)
@@ -191,18 +212,21 @@ def linear_maps(
     """
     found = layer.get_submodule(name)
     plain = found.linear if isinstance(found, MovedLinear) else linear(layer, name)
-    reads, writes = arch.source(name), arch.target(name)
-    source = maps.folded(reads.name, index) if reads else None
+    writes = arch.target(name)
     target = maps.folded(writes.name, index) if writes else None
-    if source is not None and plain.in_features != source.size and plain.in_features % source.size == 0:
-        source = Repeat(source, plain.in_features // source.size, heads)
     spot = next(spot for spot in arch.inputs if name in spot.readers)
-    if (online := maps.online(spot.name, index)) is not None:
-        source = online if source is None else Compose([source, online])
+    found_maps = [maps.folded(site.name, index) for site in arch.sources(name)] + [maps.online(spot.name, index)]
+    acting = [_spread(map, plain.in_features, heads) for map in found_maps if map is not None]
+    source = Compose(acting) if len(acting) > 1 else acting[0] if acting else None
     for map, width in ((source, plain.in_features), (target, plain.out_features)):
         if map is not None and map.size != width:
             raise LatmixError(f"The map at '{name}' has size {map.size}, the linear {width}.")
     return source, target
+
+
+def _spread(map: Transform, width: int, heads: int) -> Transform:
+    """The map of the values as the queries' heads share it; any other as it is."""
+    return Repeat(map, width // map.size, heads) if map.size != width and width % map.size == 0 else map
 
 
 def _folded(old: nn.Linear, source: Transform | None, target: Transform | None, *, shifts: int) -> nn.Linear:

@@ -38,7 +38,7 @@ def quantize_weights(
     Raises: LatmixError: a weight quantizer failed; names the linear.
     """
     quantized: dict[str, Quantized] = {}
-    stream = _Stream(model, arch, windows) if quantizer.needs_hessian else None
+    stream = Stream(model, arch, windows) if quantizer.needs_hessian else None
     for index, layer in enumerate(layers(model, arch)):
         for spot in arch.inputs:
             hessian = stream.hessian(index, spot) if stream else None
@@ -59,8 +59,13 @@ class _Reached(Exception):
     """Ends a layer's forward once the wanted activation has been seen."""
 
 
-class _Stream:
-    """The calibration windows on their way through the layers."""
+class Stream:
+    """The calibration windows on their way through the layers.
+
+    Attributes:
+        hidden: what enters the next layer, a tensor for each batch of windows.
+        arguments: the keyword arguments of each layer's forward.
+    """
 
     def __init__(self, model: PreTrainedModel, arch: Arch, windows: Int[Tensor, "windows window"]) -> None:
         self.layers = layers(model, arch)
@@ -68,6 +73,7 @@ class _Stream:
         embed = model.get_submodule(arch.embedding)
         self.hidden = [embed(batch.to(model.device)) for batch in windows.split(BATCH)]
 
+    @torch.no_grad()
     def hessian(self, index: int, spot: Input) -> Float[Tensor, "n n"]:
         """Mean of x xᵀ over all tokens at that input, float32 sums of float32 products."""
         total, tokens = 0.0, 0
@@ -87,6 +93,7 @@ class _Stream:
         assert isinstance(total, Tensor)
         return total / tokens
 
+    @torch.no_grad()
     def advance(self, index: int) -> None:
         self.hidden = list(self._run(index))
 

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latmix.archs import Arch
-from latmix.model.attach import Attached, MovedEmbedding, MovedHead, MovedLinear, linear_maps, seen_by_head
+from latmix.model.attach import (
+    Attached,
+    MovedEmbedding,
+    MovedHead,
+    MovedLinear,
+    MovedNorm,
+    linear_maps,
+    seen_by_head,
+)
 from latmix.model.inputs import QuantizedInputs, quantize_inputs
 from latmix.model.parts import layers, linear
 from latmix.numerics import BlockFormat
@@ -61,6 +69,11 @@ def fold(attached: Attached, activations: BlockFormat | None) -> QuantizedInputs
                 if isinstance(attached_linear, MovedLinear):
                     source, target = linear_maps(arch, maps, layer, name, index, heads)
                     layer.set_submodule(name, attached_linear.fold(source, target))
+            for site in arch.sites:
+                if (norm := arch.norm(site)) is not None and (map := maps.folded(site.name, index)) is not None:
+                    attached_norm = layer.get_submodule(norm)
+                    assert isinstance(attached_norm, MovedNorm)
+                    layer.set_submodule(norm, attached_norm.fold(map))
         head, embedding = model.get_submodule(arch.head), model.get_submodule(arch.embedding)
         (site,) = (site for site in arch.sites if site.stream)
         if isinstance(head, MovedHead) and isinstance(embedding, MovedEmbedding):

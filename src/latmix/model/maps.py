@@ -1,6 +1,7 @@
 """The maps of one run: which transform stands where, built from a recipe, owned in one place, saved in one file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig
 
-from latmix.archs import Arch
+from latmix.archs import Arch, Site
 from latmix.errors import LatmixError
 from latmix.registry import parse_spec
-from latmix.transforms import TRANSFORMS, Affine, Block, Transform
+from latmix.transforms import TRANSFORMS, Affine, Block, Diagonal, Transform
 
 
 class Maps(nn.Module):
@@ -46,6 +47,11 @@ class Maps(nn.Module):
         """Every map by a printable name."""
         pairs = [*self._folded.items(), *((f"online {key}", value) for key, value in self._online.items())]
         return {key: value for key, value in pairs if isinstance(value, Transform)}
+
+    def of_layer(self, index: int) -> nn.ModuleList:
+        """The maps that belong to that layer alone."""
+        every = [*self._folded.items(), *self._online.items()]
+        return nn.ModuleList(map for key, map in every if key.endswith(f"/{index}"))
 
     def learned(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -97,29 +103,45 @@ def build_maps(
 ) -> Maps:
     """One map per site (per layer and KV head where the site is a layer's own).
 
-    Raises: LatmixError: a site or input that the architecture does not have.
+    Raises: LatmixError: a site or input that the architecture does not have, or a map that cannot stand there.
     """
-    heads = config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     in_place: dict[str, Transform] = {}
     for name, spec in folded.items():
-        if arch.site(name).stream:
-            in_place[name] = build_transform(spec, config.hidden_size, block, seed)
-            continue
-        for layer in range(config.num_hidden_layers):
-            parts = [build_transform(spec, width, block, seed + 1000 * layer + head) for head in range(heads)]
-            in_place[f"{name}/{layer}"] = Block(parts)
+        site, build = arch.site(name), partial(_at_site, arch.site(name), config, spec, block)
+        in_place |= {name: build(seed)} if site.stream else _each_layer(name, config, build, seed)
     at_run: dict[str, Transform] = {}
     for name, spec in online.items():
-        arch.input(name)
-        size = {"down": config.intermediate_size, "o": config.num_attention_heads * width}.get(name, config.hidden_size)
-        at_run[name] = build_transform(spec, size, block, seed)
-        if not at_run[name].orthogonal or at_run[name].shift is not None:
-            raise LatmixError(f"The online transform '{spec}' at '{name}' is not orthogonal; choose a Hadamard.")
-    maps = Maps(in_place, at_run)
-    for key in at_run:
-        maps.online(key, 0).requires_grad_(False)  # type: ignore[union-attr]
-    return maps
+        build = partial(build_transform, spec, _input_size(arch.input(name).name, config), block)
+        fixed = build(seed)
+        # what has parameters is found for each layer, by learning or in closed form; a fixed map serves all layers
+        at_run |= _each_layer(name, config, build, seed) if list(fixed.parameters()) else {name: fixed}
+    return Maps(in_place, at_run)
+
+
+def _each_layer(
+    name: str, config: PreTrainedConfig, build: Callable[[int], Transform], seed: int
+) -> dict[str, Transform]:
+    return {f"{name}/{layer}": build(seed + 1000 * layer) for layer in range(config.num_hidden_layers)}
+
+
+def _at_site(site: Site, config: PreTrainedConfig, spec: str, block: int, seed: int) -> Transform:
+    if site.width == "heads":
+        heads = range(config.num_key_value_heads)
+        return Block([build_transform(spec, _head_width(config), block, seed + head) for head in heads])
+    size = config.intermediate_size if site.width == "intermediate" else config.hidden_size
+    built = build_transform(spec, size, block, seed)
+    if site.exact_for == "diagonal" and not isinstance(built, Diagonal):
+        raise LatmixError(f"The site '{site.name}' cannot hold the transform '{spec}'; choose diagonal.")
+    return built
+
+
+def _input_size(name: str, config: PreTrainedConfig) -> int:
+    sizes = {"down": config.intermediate_size, "o": config.num_attention_heads * _head_width(config)}
+    return int(sizes.get(name, config.hidden_size))
+
+
+def _head_width(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def reports(maps: Maps) -> dict[str, dict[str, float]]:

@@ -1,61 +1,24 @@
-"""Presets: functions that return a `Recipe`. To add one, write it here or in a file of its own and register it."""
+"""Presets: functions that return a `Recipe`. To add one, write it in a file here and register it;
+the file is imported below.
 
-from collections.abc import Callable
+A recipe says where maps stand (`folded`: free; `online`: at run time), of which form each is, and how it is found: by
+its initial value alone, in closed form (the form says so), `layerwise`, or by `learning` end to end.
+"""
+
 from pathlib import Path
 
 from latmix.errors import LatmixError
-from latmix.recipe import Learning, Recipe, from_json
-from latmix.registry import Registry
+from latmix.recipe import Recipe, from_json
 
-RECIPES: Registry[Callable[[], Recipe]] = Registry("recipe")
+# In the order of the table.
+# isort: off
+from latmix.recipes import plain
+from latmix.recipes import rotations
+from latmix.recipes import online
+from latmix.recipes import affine
 
-ONLINE = {"down": "block-hadamard"}  # the one online operation of every rotated recipe here: T3
-
-
-def preset(make: Callable[[], Recipe]) -> Callable[[], Recipe]:
-    RECIPES.add(make.__name__.replace("_", "-"), make)
-    return make
-
-
-@preset
-def rtn() -> Recipe:
-    """Round to nearest: no calibration, no transform."""
-    return Recipe("rtn", quantizer="rtn")
-
-
-@preset
-def gptq() -> Recipe:
-    """GPTQ on the MX grid, no transform."""
-    return Recipe("gptq")
-
-
-@preset
-def quarot() -> Recipe:
-    """Randomised Hadamard on the whole stream, Hadamard on the values, online at down; GPTQ (2404.00456)."""
-    return Recipe("quarot", folded={"residual": "hadamard", "values": "hadamard"}, online={"down": "hadamard"})
-
-
-@preset
-def block_hadamard() -> Recipe:
-    """Hadamard within each MX block, on the stream and the values, folded; online at down; GPTQ."""
-    return Recipe("block-hadamard", folded={"residual": "block-hadamard", "values": "block-hadamard"}, online=ONLINE)
-
-
-@preset
-def latmix_lu() -> Recipe:
-    """Learned affine maps in LU form on stream and values; online block-Hadamard at down; GPTQ (2602.17681)."""
-    return _latmix("lu")
-
-
-@preset
-def latmix_qr() -> Recipe:
-    """As latmix-lu, in QR form (2602.17681)."""
-    return _latmix("qr")
-
-
-def _latmix(form: str) -> Recipe:
-    shifted = f"{form}:shift=full"
-    return Recipe(f"latmix-{form}", folded={"residual": shifted, "values": shifted}, online=ONLINE, learning=Learning())
+# isort: on
+from latmix.recipes.registry import RECIPES, preset
 
 
 def find(name_or_file: str | Recipe) -> Recipe:
@@ -75,4 +38,4 @@ def find(name_or_file: str | Recipe) -> Recipe:
     raise LatmixError(f"Unknown recipe '{name_or_file}'; known: {', '.join(RECIPES)}, or a JSON file.")
 
 
-__all__ = ["RECIPES", "find", "preset"]
+__all__ = ["RECIPES", "affine", "find", "online", "plain", "preset", "rotations"]

@@ -3,6 +3,7 @@
 from latmix.transforms.affine import Affine
 from latmix.transforms.base import TRANSFORMS, Transform, evaluated_once
 from latmix.transforms.block import Block, Repeat
+from latmix.transforms.block_rotation import BlockRotation
 from latmix.transforms.compose import Compose
 from latmix.transforms.diagonal import Diagonal
 from latmix.transforms.hadamard import Hadamard
@@ -11,6 +12,8 @@ from latmix.transforms.kronecker import Kronecker
 from latmix.transforms.lu import LU
 from latmix.transforms.qr import QR
 from latmix.transforms.rotation import Rotation
+from latmix.transforms.scaled import build_scaled_kronecker, build_scaled_rotation
+from latmix.transforms.wush import Wush
 
 __all__ = [
     "INITIALS",
@@ -19,6 +22,7 @@ __all__ = [
     "TRANSFORMS",
     "Affine",
     "Block",
+    "BlockRotation",
     "Compose",
     "Diagonal",
     "Hadamard",
@@ -26,6 +30,9 @@ __all__ = [
     "Repeat",
     "Rotation",
     "Transform",
+    "Wush",
+    "build_scaled_kronecker",
+    "build_scaled_rotation",
     "evaluated_once",
     "initial_matrix",
 ]

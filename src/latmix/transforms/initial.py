@@ -40,5 +40,6 @@ def random_rotation(size: int, seed: int) -> Float[Tensor, "size size"]:
 
 INITIALS.add("block-hadamard", lambda size, block, seed: Hadamard(size, block).double().matrix())
 INITIALS.add("hadamard", lambda size, block, seed: Hadamard(size).double().matrix())
+INITIALS.add("random-hadamard", lambda size, block, seed: Hadamard(size, signs_seed=seed).double().matrix())
 INITIALS.add("identity", lambda size, block, seed: torch.eye(size, dtype=torch.float64))
 INITIALS.add("random-rotation", lambda size, block, seed: random_rotation(size, seed))

@@ -43,6 +43,8 @@ class GPTQ(WeightQuantizer):
             compensate; False: from the first to the last.
         damping: added to the diagonal, in units of its mean; positive, at most `DAMPING_LIMIT`. If H is not positive
             definite with it, it grows tenfold, with a warning, up to that limit.
+        search: choose each block's scale by least squared error of the weight (unweighted, as MR-GPTQ does, 2509.23202)
+            instead of by the format's rule.
         columns: columns rounded between two matmuls; changes speed, and codes only where a sum falls on a tie.
 
     Special values: a dead column (H_ii = 0) is rounded to nearest: damping alone is its curvature, so no error moves.
@@ -55,6 +57,7 @@ class GPTQ(WeightQuantizer):
 
     act_order: bool = True
     damping: float = 0.01
+    search: bool = False
     columns: int = 128
     needs_hessian: ClassVar[bool] = True
 
@@ -74,7 +77,10 @@ class GPTQ(WeightQuantizer):
         _check(wide, hessian)
         diagonal = hessian.diagonal()
         tensor_scale = choose_tensor_scale(wide, format)
-        scales = choose_scales(wide, format, diagonal + self.damping * _unit(diagonal), tensor_scale)
+        if self.search:
+            scales = choose_scales(wide, dataclasses.replace(format, scale="search"), None, tensor_scale)
+        else:
+            scales = choose_scales(wide, format, diagonal + self.damping * _unit(diagonal), tensor_scale)
         order = torch.arange(len(diagonal), device=weight.device)
         if self.act_order:
             order = diagonal.argsort(descending=True, stable=True)

@@ -1,0 +1,78 @@
+"""One cell, in a process of its own: `python -m latmix.comparison.cell`, the cell as one line of JSON on standard
+input.
+
+A process of its own makes peak memory a figure of this recipe alone, and lets a cell die (out of memory, say) without
+the others. Standard input stays open as long as whoever started the cell lives: its end is how an orphan learns that it
+is one. A lock on the cell's folder, which the system drops with the process, keeps two processes from computing one
+cell; whoever holds it may clear away what a killed predecessor left.
+"""
+
+import dataclasses
+import fcntl
+import os
+import shutil
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from latmix.comparison.plan import Cell
+from latmix.errors import LatmixError
+from latmix.eval.zeroshot import measure_task
+from latmix.model.load import load
+from latmix.pipeline import evaluate, quantize, restore
+from latmix.rundir import write_json
+
+
+def compute(cell: Cell) -> None:
+    """What is missing of the cell: run, evaluation, tasks, in this order, each stored as soon as it is there.
+
+    Raises: whatever stopped it.
+    """
+    with _owned(Path(cell.folder)):
+        if cell.recipe is not None and not cell.run.is_dir():
+            shutil.rmtree(cell.run.with_name(cell.run.name + ".partial"), ignore_errors=True)
+            quantize(cell.model, cell.run, cell.recipe, cell.calibration)
+        target = Path(cell.model) if cell.recipe is None else cell.run
+        ask = cell.measures
+        if not cell.evaluation.is_file():
+            result = evaluate(target, ask.text, cell.model, ask.window, ask.separator)
+            write_json(cell.evaluation, dataclasses.asdict(result))
+        if missing := [name for name in ask.tasks if not cell.task(name).is_file()]:
+            loaded = load(target) if cell.recipe is None else restore(target)
+            for name in missing:
+                scores = measure_task(loaded, name, ask.task_data, ask.task_options)
+                cell.task(name).parent.mkdir(exist_ok=True)
+                write_json(cell.task(name), dataclasses.asdict(scores))
+        cell.failure.unlink(missing_ok=True)
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _die_with_the_parent() -> None:
+    sys.stdin.read()  # returns when the other end is closed
+    os._exit(1)
+
+
+def main() -> None:
+    cell = Cell.from_json(sys.stdin.readline())
+    threading.Thread(target=_die_with_the_parent, daemon=True).start()
+    try:
+        compute(cell)
+    except Exception as error:  # the reason is the result of this cell; the others go on
+        traceback.print_exc()
+        reason = str(error) if isinstance(error, LatmixError) else f"{type(error).__name__}: {error}"
+        write_json(cell.failure, {"reason": reason})
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

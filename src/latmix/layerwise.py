@@ -1,0 +1,93 @@
+"""Learning each layer's maps on the error of that layer's output: FlatQuant's way (arXiv 2410.09426, section 3.3).
+
+Every layer is taught by itself on the unquantized model's activations, so that layers do not wait for one another's
+errors and only one of them is differentiated at a time. What is learned are the maps that belong to the layer alone.
+Given up: targets downstream of the layer, and maps of the residual stream, which no layer owns.
+"""
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from latmix.errors import LatmixError
+from latmix.model.attach import Attached
+from latmix.model.calibrate import Stream
+from latmix.model.parts import layers
+from latmix.progress import Progress
+from latmix.recipe import Layerwise, Recipe
+from latmix.transforms import evaluated_once
+
+FLOOR = 0.1  # of the peak rate, left at the end
+
+
+def learn_layers(
+    attached: Attached,
+    teacher: PreTrainedModel,
+    windows: Int[Tensor, "windows window"],
+    recipe: Recipe,
+    progress: Progress,
+) -> None:
+    """Learn the attached maps of each layer in place; nothing where the recipe does not ask for it.
+
+    Cost: epochs · windows forwards and backwards of each layer, and its outputs for all windows in memory, twice.
+    Raises: LatmixError: the stream has a map, a layer none, or the error is not finite.
+    """
+    if recipe.layerwise is None:
+        return
+    if any(attached.maps.folded(site.name, 0) is not None for site in attached.arch.sites if site.stream):
+        raise LatmixError("Layer-wise learning compares layers on the model's own stream; remove the stream's map.")
+    stream = Stream(teacher, attached.arch, windows)
+    students = layers(attached.model, attached.arch)
+    progress.stage("learn layers", len(students))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for index, student in enumerate(students):
+        entering = torch.cat(stream.hidden)
+        stream.advance(index)
+        leaving = torch.cat(stream.hidden)
+        error = _learn_layer(
+            student,
+            stream.arguments[index],
+            attached.maps.of_layer(index),
+            entering,
+            leaving,
+            recipe.layerwise,
+            generator,
+        )
+        progress.advance(f"layer {index}: relative error {error:.4f}")
+
+
+def _learn_layer(
+    student: nn.Module,
+    arguments: dict[str, object],
+    maps: nn.ModuleList,
+    entering: Tensor,
+    leaving: Tensor,
+    wish: Layerwise,
+    generator: torch.Generator,
+) -> float:
+    """Mean squared error over the last epoch, in units of what the layer adds to the stream."""
+    if not (parameters := [p for p in maps.parameters() if p.requires_grad]):
+        raise LatmixError("Layer-wise learning needs a learned map in every layer; set one in online or folded.")
+    unit = (leaving - entering).square().mean()
+    optimizer = torch.optim.AdamW(parameters)
+    steps, step, total = wish.epochs * math.ceil(len(entering) / wish.batch), 0, 0.0
+    for _ in range(wish.epochs):
+        total = 0.0
+        for picked in torch.randperm(len(entering), generator=generator).split(wish.batch):
+            for group in optimizer.param_groups:
+                group["lr"] = wish.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            picked, step = picked.to(entering.device), step + 1
+            with evaluated_once(maps):
+                out = student(entering[picked], **arguments)
+                loss = F.mse_loss(out[0] if isinstance(out, tuple) else out, leaving[picked]) / unit
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            total += float(loss.detach()) * len(picked)
+        if not math.isfinite(total):
+            raise LatmixError("Layer-wise learning diverged; choose a smaller layerwise.lr.")
+    return total / len(entering)

@@ -1,0 +1,23 @@
+"""LATMiX: learned affine maps of stream and values (2602.17681)."""
+
+from latmix.recipe import Learning, Recipe
+from latmix.recipes.registry import preset
+
+ONLINE = {"down": "block-hadamard"}  # T3, the method's one online operation
+
+
+@preset
+def latmix_lu() -> Recipe:
+    """Learned affine maps in LU form on stream and values; online block-Hadamard at down; GPTQ (2602.17681)."""
+    return _latmix("lu")
+
+
+@preset
+def latmix_qr() -> Recipe:
+    """As latmix-lu, in QR form (2602.17681)."""
+    return _latmix("qr")
+
+
+def _latmix(form: str) -> Recipe:
+    shifted = f"{form}:shift=full"
+    return Recipe(f"latmix-{form}", folded={"residual": shifted, "values": shifted}, online=ONLINE, learning=Learning())

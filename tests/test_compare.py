@@ -1,0 +1,176 @@
+"""Comparisons: killed and started again they end in the same table; a failed cell says why."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latmix.comparison import plan, results, table
+from latmix.comparison.plan import FULL_PRECISION, Cell, Measures
+from latmix.errors import LatmixError
+from latmix.recipe import override
+from latmix.recipes import find
+from tests.test_pipeline import FAST, save_tiny
+from tests.texts import CALIBRATION, OTHER
+
+TIMING = ("seconds", "peak_bytes")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose cells cannot but fail."""
+    file = tmp_path_factory.mktemp("recipes") / "broken.json"
+    file.write_text(override(find("gptq"), {"name": "broken", "weights": "fp4"}).to_json())
+    return file
+
+
+def command(model: Path, out: Path, recipes: str) -> list[str]:
+    options = {"--recipes": recipes, "--out": out, "--calibration": CALIBRATION, "--text": OTHER, "--jobs": 2}
+    words = [str(part) for pair in options.items() for part in pair]
+    return [
+        sys.executable,
+        "-m",
+        "latmix",
+        "compare",
+        str(model),
+        *words,
+        *(f"--set={k}={v}" for k, v in FAST.items()),
+    ]
+
+
+def rows_without_times(out: Path) -> list[dict[str, object]]:
+    rows = json.loads((out / "table.json").read_text())
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def test_killed_and_started_again_gives_the_same_table_and_a_failure_stops_nothing(
+    model: Path, broken: Path, tmp_path: Path
+) -> None:
+    words = command(model, tmp_path / "killed", f"rtn,{broken}")
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (finished := sorted((tmp_path / "killed").glob("cells/*/evaluation-*.json"))):
+        assert first.poll() is None, "ended before a cell was finished"
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    before = [(file, file.stat().st_mtime_ns) for file in finished]
+
+    again = subprocess.run(words, capture_output=True, text=True)
+    assert again.returncode == 1, again.stderr  # one cell failed
+    assert "broken, seed 0: Unknown format 'fp4'" in again.stdout
+    assert [(file, file.stat().st_mtime_ns) for file in finished] == before
+    assert not list((tmp_path / "killed").glob("cells/*/*.partial"))
+    rows = rows_without_times(tmp_path / "killed")
+    assert [row["name"] for row in rows] == [FULL_PRECISION, "rtn", "broken"]
+    assert rows[2]["perplexity"] is None and rows[1]["perplexity"] is not None
+
+    subprocess.run(command(model, tmp_path / "whole", f"rtn,{broken}"), capture_output=True)
+    assert rows_without_times(tmp_path / "whole") == [
+        {**row, "failures": {key: str(value).replace("killed", "whole") for key, value in row["failures"].items()}}  # type: ignore[attr-defined]
+        for row in rows
+    ]
+
+    tables = {kind: (tmp_path / "killed" / f"table.{kind}").read_bytes() for kind in ("json", "csv", "md")}
+    subprocess.run(words, capture_output=True)  # nothing left to do but the one that fails
+    assert tables == {kind: (tmp_path / "killed" / f"table.{kind}").read_bytes() for kind in tables}
+
+
+def test_a_cell_is_named_by_everything_that_decides_it(model: Path, tmp_path: Path) -> None:
+    def folders(text: Path = OTHER, calibration: Path = CALIBRATION, **settings: str) -> list[str]:
+        made = plan.cells(model, ["rtn", "gptq"], tmp_path, 2, calibration, Measures(str(text)), settings)
+        return [cell.folder for cell in made]
+
+    plain = folders()
+    assert len(set(plain)) == 5 and folders() == plain
+    assert folders(text=CALIBRATION) == plain  # the evaluation's own name changes instead
+    assert folders(calibration=OTHER)[0] == plain[0] and not set(folders(calibration=OTHER)[1:]) & set(plain)
+    assert not set(folders(weights="mxint4")[1:]) & set(plain)
+    (one,) = {cell for cell in plan.cells(model, [], tmp_path, 1, CALIBRATION, Measures(str(OTHER)), {})}
+    assert Cell.from_json(one.to_json()) == one
+    with pytest.raises(LatmixError, match="Two recipes are called 'gptq'"):
+        plan.cells(model, ["gptq", "gptq"], tmp_path, 1, CALIBRATION, Measures(str(OTHER)), {})
+
+
+def test_settings_go_to_the_recipes_that_have_the_part() -> None:
+    settings = {"learning.steps": "7", "calibration.windows": "5"}
+    learned, plain = plan.adapted(find("latmix-lu"), settings), plan.adapted(find("gptq"), settings)
+    assert learned.learning is not None and learned.learning.steps == 7
+    assert plain.learning is None and plain.calibration.windows == 5
+    with pytest.raises(LatmixError, match="Unknown recipe key 'lerning.steps'"):
+        plan.adapted(find("gptq"), {"lerning.steps": "7"})
+
+
+def test_a_text_is_split_by_documents(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.txt"
+    whole.write_text("\n\n".join(f"story {i}" for i in range(10)))
+    first, rest = plan.split_text(whole, "\n\n", 0.7, tmp_path)
+    assert first.read_text().split("\n\n") == [f"story {i}" for i in range(7)]
+    assert rest.read_text().split("\n\n") == [f"story {i}" for i in range(7, 10)]
+    with pytest.raises(LatmixError, match="leaves nothing"):
+        plan.split_text(whole, "\n\n", 1.0, tmp_path)
+
+
+def fabricated(tmp_path: Path, name: str, seed: int, kl: float, items: dict[str, list[float]]) -> Cell:
+    recipe = None if name == FULL_PRECISION else find(name)
+    measures = Measures("text", tasks=tuple(items))
+    cell = Cell(name, seed, str(tmp_path / f"{name}{seed}"), "model", "calibration", recipe, measures, "digest")
+    stages = {"load": {"seconds": 1.0, "peak_bytes": 5}, "quantize": {"seconds": 2.0 + seed, "peak_bytes": 7 + seed}}
+    estimate = {"mean": kl, "low": kl - 0.1, "high": kl + 0.1}
+    files = {
+        cell.evaluation: {"perplexity": estimate, "kl": estimate, "top1_agreement": estimate, "bits_per_weight": 4}
+    }
+    if recipe:
+        files[cell.run / "summary.json"] = {"stages": stages}
+    for task, right in items.items():
+        score = {"accuracy": float(np.mean(right)), "stderr": 0.1, "items": right}
+        files[cell.task(task)] = score
+    for file, value in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value))
+    return cell
+
+
+def test_rows_hold_means_spreads_and_paired_recovery(tmp_path: Path) -> None:
+    half, good = [1.0, 0.0] * 20, [1.0] * 30 + [0.0] * 10
+    cells = [
+        fabricated(tmp_path, FULL_PRECISION, 0, 0.0, {"a": good, "b": half}),
+        fabricated(tmp_path, "gptq", 0, 0.2, {"a": good, "b": half}),
+        fabricated(tmp_path, "gptq", 1, 0.4, {"a": good, "b": half}),
+        fabricated(tmp_path, "latmix-lu", 0, 0.6, {"a": half, "b": [0.0] * 40}),
+    ]
+    full, gptq, ours = results.collect(cells)
+    assert (
+        gptq.kl is not None and gptq.kl.mean == pytest.approx(0.3) and gptq.kl.spread == pytest.approx(0.1414, abs=1e-4)
+    )
+    assert gptq.kl_to_gptq == pytest.approx(1.0) and ours.kl_to_gptq == pytest.approx(2.0) and full.kl_to_gptq is None
+    assert gptq.zero_shot is not None and gptq.zero_shot.mean == pytest.approx(0.625)
+    assert gptq.zero_shot.spread == pytest.approx(0.1 * 2**0.5 / 2)  # two tasks; seeds share their items
+    # paired: the same items right in both models leave no doubt about the recovery
+    assert gptq.recovery == results.Figure(pytest.approx(1.0), None, pytest.approx(1.0), pytest.approx(1.0))
+    assert ours.recovery is not None and ours.recovery.mean == pytest.approx((0.5 / 0.75 + 0) / 2)
+    assert ours.recovery.low is not None and ours.recovery.low < ours.recovery.mean < (ours.recovery.high or 0)
+    assert gptq.seconds is not None and gptq.seconds.mean == pytest.approx(3.5) and gptq.peak_bytes == 8
+    assert results.ahead_of_ours([full, gptq, ours]) == ["gptq is ahead of latmix-lu in KL, at equal terms."]
+
+
+def test_tables_show_what_rows_hold(tmp_path: Path) -> None:
+    cells = [
+        fabricated(tmp_path, name, 0, kl, {"a": [1.0, 0.0]}) for name, kl in ((FULL_PRECISION, 0.0), ("quarot", 0.25))
+    ]
+    rows = results.collect(cells)
+    text = table.markdown(rows, "head")
+    assert "| quarot | 0.250 (0.150–0.350) | 0.2500 (0.1500–0.3500) |" in text
+    assert "| down: hadamard |" in text and "/ GPTQ" not in text  # no GPTQ, no column
+    values = table.as_csv(rows).splitlines()
+    assert dict(zip(values[0].split(","), values[2].split(","), strict=True))["kl_mean"] == "0.25"
