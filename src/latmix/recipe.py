@@ -116,7 +116,7 @@ class Tuning(Distillation):
     kept: tuple[str, ...] = ("gains", "embedding", "head")
     biases: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     codes: bool = True
-    codes_lr: float = 1e-2
+    codes_lr: float = 2e-2
 
     key: ClassVar[str] = "tuning"
 

@@ -1,6 +1,8 @@
-"""LATMiX: learned affine maps of stream and values (2602.17681)."""
+"""LATMiX: learned affine maps of stream and values (2602.17681), and what can be had on top of it for free."""
 
-from latmix.recipe import Learning, Recipe
+import dataclasses
+
+from latmix.recipe import Learning, Recipe, Tuning
 from latmix.recipes.registry import preset
 
 ONLINE = {"down": "block-hadamard"}  # T3, the method's one online operation
@@ -16,6 +18,15 @@ def latmix_lu() -> Recipe:
 def latmix_qr() -> Recipe:
     """As latmix-lu, in QR form (2602.17681)."""
     return _latmix("qr")
+
+
+@preset
+def latmix_plus() -> Recipe:
+    """latmix-qr, and after GPTQ all that is free at inference tuned on KL: gains, biases, embedding, head, codes.
+
+    Not published. Same format and online operation as latmix-qr.
+    """
+    return dataclasses.replace(_latmix("qr"), name="latmix-plus", tuning=Tuning())
 
 
 def _latmix(form: str) -> Recipe:
