@@ -28,9 +28,7 @@ def write(folder: Path, final: Path) -> None:
     held_out = manifest["held_out"]
     online = ", ".join(f"`{spec}` at the input of {spot}" for spot, spec in manifest["online"].items()) or "none"
     served = sum(
-        entry["bytes"]
-        for name, entry in manifest["files"].items()
-        if name.endswith((".safetensors", ".gguf")) and not name.startswith("fingerprint")
+        entry["bytes"] for name, entry in manifest["files"].items() if name.endswith((".safetensors", ".gguf"))
     )
     text = f"""---
 library_name: {"transformers" if target != "gguf" else "gguf"}
