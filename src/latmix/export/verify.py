@@ -1,9 +1,9 @@
 """Does the engine compute what the run computed? Load the export there, ask, compare, write the verdict beside it.
 
-Agreement is of perplexity on the fingerprint's windows: within 0.5 % where the engine rounds activations as the run
-did, with at most 0.001 nats a token between the two, and for llama.cpp, whose activations have 8 bits, between the run's perplexity with and without rounded
-activations, give or take 1 %. Both engine and run compute in float32 on the same token ids; the tokenizer is compared
-by itself.
+Agreement is of perplexity on the fingerprint's windows: within 0.5 %, with at most 0.001 nats a token between the two,
+where the engine rounds activations as the run did; and for llama.cpp, whose activations have 8 bits, between the run's
+perplexity with and without rounded activations, give or take 1 %. Engine and run compute in float32 on the same token
+ids; the tokenizer is compared by itself.
 """
 
 import dataclasses
