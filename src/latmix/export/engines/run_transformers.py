@@ -20,7 +20,7 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
     if not ours:  # compressed-tensors decodes weights in the first forward, to bfloat16, which holds them exactly
         with torch.no_grad():
             model(torch.tensor([request["prompt"]]))
-        model.float()
+        torch.nn.Module.float(model)  # transformers forbids its own `float` here
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         found = [model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1) for ids in request["windows"]]
