@@ -338,4 +338,4 @@ def test_fit_leaves_recipes_without_a_target_alone_and_is_idempotent(runs: Runs)
 def test_the_readme_serves_as_the_export_says(target: str) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     assert exports.EXPORTS[target].serve(Path("served")) in readme
-    assert exports.EXPORTS.names() == TARGETS.names()
+    assert set(exports.EXPORTS) == set(TARGETS)

@@ -27,7 +27,7 @@ def export_command(
     exports.export(run, to, out)
     engine = exports.open_export(out)["engines"][0]
     if python is not None or exports.installed(engine):
-        _show(exports.verify(out, engine, python))
+        _report(exports.verify(out, engine, python), out)
     else:
         print(f"Not verified: {engine} is not installed here. Run: latmix verify {out} --python PATH")
     print(f"Serve it with:\n\n{exports.EXPORTS[to].serve(out)}")
@@ -40,13 +40,11 @@ def verify_command(
     python: Python = None,
 ) -> None:
     """Load an export in its engine and compare it with the run it came from; writes verdict.json."""
-    verdict = exports.verify(folder, engine, python)
-    _show(verdict)
-    if not verdict.passed:
-        raise LatmixError(f"{verdict.engine} does not compute what the run computed; see '{folder}/verdict.json'.")
+    _report(exports.verify(folder, engine, python), folder)
 
 
-def _show(verdict: exports.Verdict) -> None:
+def _report(verdict: exports.Verdict, folder: Path) -> None:
+    """Raises: LatmixError: engine and run disagree."""
     table = Table("measure", "engine", "run", title=f"{verdict.engine}: {'agrees' if verdict.passed else 'DISAGREES'}")
     table.add_row("perplexity", f"{verdict.perplexity:.4f}", f"{verdict.run_perplexity:.4f}")
     table.add_row("weights only", "", f"{verdict.run_weights_only:.4f}")
@@ -54,3 +52,5 @@ def _show(verdict: exports.Verdict) -> None:
     table.add_row("same greedy tokens", str(verdict.greedy), str(verdict.of))
     table.add_row("same tokenizer", "yes" if verdict.tokenizer else "no", "")
     rich.print(table)
+    if not verdict.passed:
+        raise LatmixError(f"{verdict.engine} does not compute what the run computed; see '{folder}/verdict.json'.")

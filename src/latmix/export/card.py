@@ -28,9 +28,7 @@ def write(folder: Path, final: Path) -> None:
     held_out = manifest["held_out"]
     online = ", ".join(f"`{spec}` at the input of {spot}" for spot, spec in manifest["online"].items()) or "none"
     served = sum(
-        entry["bytes"]
-        for name, entry in manifest["files"].items()
-        if name.endswith((".safetensors", ".gguf")) and not name.startswith("fingerprint")
+        entry["bytes"] for name, entry in manifest["files"].items() if name.endswith((".safetensors", ".gguf"))
     )
     text = f"""---
 library_name: {"transformers" if target != "gguf" else "gguf"}
@@ -42,7 +40,7 @@ Quantized by latmix {manifest["latmix"]} ([method](https://arxiv.org/abs/2602.17
 - Weights `{recipe["weights"]}`, activations `{recipe["activations"]}` (the scale rule they were learned under).
 - Embedding, norms, head and biases in bfloat16; the head is untied.
 - Online transforms: {online}. Biases: {", ".join(manifest["biases"]) or "none"}.
-- {served:,} bytes of tensors; {manifest["bf16_bytes"]:,} in bfloat16.
+- {served:,} bytes of tensors; {manifest["bf16_bytes"]:,} in bfloat16 with the head untied.
 
 On held-out calibration text: perplexity {held_out["perplexity"]["mean"]:.3f}, KL to the original
 {held_out["kl"]["mean"]:.4f} nats a token, top-1 agreement {100 * held_out["top1_agreement"]["mean"]:.1f} %.

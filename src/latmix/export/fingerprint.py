@@ -21,7 +21,9 @@ from latmix.data import read_text, windows
 from latmix.model.load import Loaded
 from latmix.pipeline import restore
 
-FILE = "fingerprint.safetensors"
+FILE = "latmix.fingerprint"
+"""A safetensors file by another name: vLLM takes every `*.safetensors` of a folder for weights."""
+
 WINDOWS, WINDOW, TOP, PROMPT, CONTINUE, CHARACTERS = 8, 128, 64, 32, 24, 2000
 
 

@@ -1,7 +1,7 @@
 """From a run to a finished folder: check, write, fingerprint, describe, rename.
 
 The folder carries what a later check needs: `latmix.json`, with the SHA-256 of every file it was made of, and
-`fingerprint.safetensors`, what the run itself answers on a text.
+`latmix.fingerprint`, what the run itself answers on a text.
 """
 
 import dataclasses
@@ -108,5 +108,4 @@ class Weight:
 
 def weight_of(folder: Path, manifest: dict[str, Any]) -> Weight:
     tensors = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf")]
-    served = sum(file.stat().st_size for file in tensors if file.name != fingerprint.FILE)
-    return Weight(served, manifest["bf16_bytes"])
+    return Weight(sum(file.stat().st_size for file in tensors), manifest["bf16_bytes"])

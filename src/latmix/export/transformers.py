@@ -61,7 +61,7 @@ def quantization_config(source: Source) -> dict[str, Any]:
 
 def serve(folder: Path) -> str:
     return (
-        "import latmix, transformers\n"
+        "import latmix, transformers\n\n"
         f'model = transformers.AutoModelForCausalLM.from_pretrained("{folder}")\n'
         f'tokenizer = transformers.AutoTokenizer.from_pretrained("{folder}")'
     )

@@ -12,9 +12,15 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
     with open(request_file) as file:
         request = json.load(file)
     with open(f"{folder}/config.json") as file:
-        if json.load(file)["quantization_config"]["quant_method"] == "latmix":
-            import latmix  # noqa: F401  (registers the quantizer)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        ours = json.load(file)["quantization_config"]["quant_method"] == "latmix"
+    if ours:
+        import latmix  # noqa: F401  (registers the quantizer)
+    dtype = torch.float32 if ours else torch.bfloat16
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    if not ours:  # compressed-tensors decodes weights in the first forward, to bfloat16, which holds them exactly
+        with torch.no_grad():
+            model(torch.tensor([request["prompt"]]))
+        torch.nn.Module.float(model)  # transformers forbids its own `float` here
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         found = [model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1) for ids in request["windows"]]
