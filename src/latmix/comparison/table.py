@@ -50,12 +50,12 @@ def _columns(figure: Callable[[Figure | None, int, float], str]) -> dict[str, Sh
     """Title → cell; `figure` shows what was measured on every seed."""
     return {
         "recipe": _name,
-        "perplexity": lambda row: figure(row.perplexity, 3, 1),
-        "KL": lambda row: figure(row.kl, 4, 1),
+        "perplexity": lambda row: figure(row.perplexity, 3, 1.0),
+        "KL": lambda row: figure(row.kl, 4, 1.0),
         "/ GPTQ": lambda row: "" if row.kl_to_gptq is None else f"{row.kl_to_gptq:.2f}",
-        "top-1, %": lambda row: figure(row.top1, 1, 100),
-        "zero-shot, %": lambda row: _with_spread(row.zero_shot, 1, 100),
-        "recovery, %": lambda row: _with_interval(row.recovery, 1, 100),
+        "top-1, %": lambda row: figure(row.top1, 1, 100.0),
+        "zero-shot, %": lambda row: _with_spread(row.zero_shot, 1, 100.0),
+        "recovery, %": lambda row: _with_interval(row.recovery, 1, 100.0),
         "s": lambda row: _with_spread(row.seconds, 0),
         "MiB": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
         "bits": lambda row: "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
