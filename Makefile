@@ -26,7 +26,7 @@ docs: .venv/installed-docs
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	.venv/bin/pip install --quiet --editable '.[dev,export,parity,plots]'
+	.venv/bin/pip install --quiet --editable '.[dev,eval,export,parity,plots]'
 	touch $@
 
 .venv/installed-docs: .venv/installed

@@ -129,6 +129,7 @@ def score(task: Any) -> tuple[list[tuple[Any, ...]], dict[str, float]]:
     """The requests, and the metrics under log-likelihoods that depend on each request alone."""
     from lm_eval.api.model import LM
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     seen: list[tuple[Any, ...]] = []
 
@@ -144,7 +145,8 @@ def score(task: Any) -> tuple[list[tuple[Any, ...]], dict[str, float]]:
         def generate_until(self, requests: list[Any]) -> list[str]:
             raise NotImplementedError
 
-    result = simple_evaluate(Fixed(), tasks=[task], bootstrap_iters=10)
+    manager = TaskManager(include_defaults=False)  # its own would read thousands of definitions
+    result = simple_evaluate(Fixed(), tasks=[task], bootstrap_iters=10, task_manager=manager)
     (metrics,) = result["results"].values()
     return seen, {key: value for key, value in metrics.items() if isinstance(value, float)}
 

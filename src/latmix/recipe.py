@@ -49,8 +49,6 @@ class Distillation:
     """What every learning stage has: steps of Adam on a divergence from the unquantized model, or from the text.
 
     Attributes:
-        objective: "kl", the divergence of the unquantized model's distribution from the quantized one's, or
-            "cross-entropy", that of the text (which needs no teacher).
         steps: optimizer steps; the learning rate falls on a cosine to a tenth of its start, after a short warmup.
         lr: Adam's peak learning rate.
         batch: windows an optimizer step sees.
@@ -58,9 +56,10 @@ class Distillation:
         top_k: restrict the KL to the teacher's k most likely tokens, renormalised; None: the whole vocabulary.
         checkpointing: recompute layers in backward instead of storing their activations.
         evaluate_every: steps between measurements of KL on the held-out windows.
+        objective: "kl", the divergence of the quantized model's distribution from the unquantized one's, or
+            "cross-entropy", with the text (which needs no teacher).
     """
 
-    objective: str = "kl"
     steps: int = 200
     lr: float = 3e-3
     batch: int = 8
@@ -68,6 +67,7 @@ class Distillation:
     top_k: int | None = None
     checkpointing: bool = False
     evaluate_every: int = 20
+    objective: str = "kl"
 
     key: ClassVar[str]
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.table import Table
 
 from latmix.comparison.results import Figure, Row, ahead_of_ours
@@ -40,45 +41,42 @@ def online(row: Row) -> str:
     return "; ".join(parts) or "none"
 
 
-def _seconds(row: Row) -> str:
-    return _with_spread(row.seconds, 0)
-
-
-def _peak(row: Row) -> str:
-    return "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
-
-
 def _name(row: Row) -> str:
     total = row.seeds + len(row.failures)
     return row.name if not row.failures else f"{row.name} ({row.seeds} of {total} seeds)"
 
 
-COLUMNS: dict[str, Show] = {
-    "recipe": _name,
-    "perplexity": lambda row: _several(row.perplexity, 3),
-    "KL": lambda row: _several(row.kl, 4),
-    "/ GPTQ": lambda row: "" if row.kl_to_gptq is None else f"{row.kl_to_gptq:.2f}",
-    "top-1, %": lambda row: _several(row.top1, 1, 100),
-    "zero-shot, %": lambda row: _with_spread(row.zero_shot, 1, 100),
-    "recovery, %": lambda row: _with_interval(row.recovery, 1, 100),
-    "s": _seconds,
-    "MiB": _peak,
-    "bits": lambda row: "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
-    "online operations": online,
-}
+def _columns(figure: Callable[[Figure | None, int, float], str]) -> dict[str, Show]:
+    """Title → cell; `figure` shows what was measured on every seed."""
+    return {
+        "recipe": _name,
+        "perplexity": lambda row: figure(row.perplexity, 3, 1.0),
+        "KL": lambda row: figure(row.kl, 4, 1.0),
+        "/ GPTQ": lambda row: "" if row.kl_to_gptq is None else f"{row.kl_to_gptq:.2f}",
+        "top-1, %": lambda row: figure(row.top1, 1, 100.0),
+        "zero-shot, %": lambda row: _with_spread(row.zero_shot, 1, 100.0),
+        "recovery, %": lambda row: _with_interval(row.recovery, 1, 100.0),
+        "s": lambda row: _with_spread(row.seconds, 0),
+        "MiB": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
+        "bits": lambda row: "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
+        "online operations": online,
+    }
 
 
-def shown(rows: Sequence[Row]) -> dict[str, list[str]]:
+def _shown(rows: Sequence[Row], columns: dict[str, Show]) -> dict[str, list[str]]:
     """Column → cells; a column that is empty throughout is left out."""
-    columns = {title: [show(row) for row in rows] for title, show in COLUMNS.items()}
-    return {title: cells for title, cells in columns.items() if any(cells)}
+    cells = {title: [show(row) for row in rows] for title, show in columns.items()}
+    return {title: column for title, column in cells.items() if any(column)}
 
 
 def terminal(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=title)
-    columns = shown(rows)
+    """Narrower than Markdown: intervals over windows are left out."""
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    columns = _shown(rows, _columns(_with_spread))
     for name in columns:
-        table.add_column(name, overflow="fold")
+        table.add_column(
+            name, no_wrap=name not in ("zero-shot, %", "recovery, %", "online operations"), overflow="fold"
+        )
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table
@@ -91,7 +89,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(rows: Sequence[Row], head: str) -> str:
-    text = head + "\n" + _grid(shown(rows))
+    text = head + "\n" + _grid(_shown(rows, _columns(_several)))
     tasks = list(next((row.tasks for row in rows if row.tasks), {}))
     if tasks:
         done = [row for row in rows if row.tasks]
