@@ -25,7 +25,8 @@ from latmix.model.load import read_arch
 from latmix.model.parts import layers, linear
 from latmix.numerics import FORMATS, BlockFormat, parse_format
 from latmix.recipe import Recipe
-from latmix.targets import expected_biases
+from latmix.registry import parse_spec
+from latmix.transforms import TRANSFORMS
 
 KEPT, FULL = 2, 4  # bytes: bfloat16 on disk and in the cache, float32 while quantizing
 LEARN_LOGITS, MEASURE_LOGITS = 8, 5  # tensors of the size of the logits that live at once
@@ -132,23 +133,26 @@ def _checkpoint(skeleton: nn.Module, arch: Arch, recipe: Recipe, format: BlockFo
 
 
 def _biases(skeleton: nn.Module, arch: Arch, recipe: Recipe) -> dict[str, int]:
-    """Linears that a run of this recipe gives a bias, and its length."""
-    names = expected_biases(arch, recipe, frozenset())
-    last = f"{arch.layers}.{len(layers(skeleton, arch)) - 1}."
-    ends = {site.writers[-1] for site in arch.sites if site.stream} - _tuned(arch, recipe)
+    """Linears that get a bias, from the shifts of the recipe's folded maps or from its tuning, and its length."""
     found = {}
+    tuned = {reader for spot in recipe.tuning.biases for reader in arch.input(spot).readers} if recipe.tuning else set()
     for path, (rows, _) in _linears(skeleton, arch).items():
         name = path.removeprefix(f"{arch.layers}.").partition(".")[2]
-        if name in names and (name not in ends or path.startswith(last)):  # a shift within the layers ends there
+        reads, writes = arch.source(name), arch.target(name)
+        moving = [site.name for site in (reads, writes) if site and (site is reads or not site.stream)]
+        if name in tuned or any(_shifted(recipe, site) for site in moving):
             found[path] = rows
-    if arch.head in names:
-        found[arch.head] = linear(skeleton, arch.head).out_features
+    for site in arch.sites:
+        if site.stream and _shifted(recipe, site.name):
+            found[arch.head] = linear(skeleton, arch.head).out_features
     return found
 
 
-def _tuned(arch: Arch, recipe: Recipe) -> set[str]:
-    inputs = recipe.tuning.biases if recipe.tuning else ()
-    return {reader for name in inputs for reader in arch.input(name).readers}
+def _shifted(recipe: Recipe, site: str) -> bool:
+    """Whether the map of that site has a shift: the learned ones do, if the recipe says so."""
+    if not recipe.shift or site not in recipe.folded:
+        return False
+    return bool(list(TRANSFORMS[parse_spec(recipe.folded[site])[0]](8, "identity", 8, 0).parameters()))
 
 
 def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.PreTrainedConfig) -> Work:
@@ -170,12 +174,14 @@ def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.
     }
     rate = _flops()
     seconds = {"quantize": 2 * packed * tokens * (1 + len(arch.inputs) / 2) / rate if hessians else 0.0}
-    if (learning := recipe.learning) is not None:
-        batch = math.ceil(learning.batch / learning.accumulation) * window
-        kept = 0 if learning.checkpointing else batch * per_token  # fused attention keeps no matrix of scores
-        peak["learn"] = base + everything + 3 * moved + FULL * (kept + LEARN_LOGITS * batch * config.vocab_size)
-        seen = learning.steps * learning.batch * window
-        seconds["learn"] = 8 * (packed + table) * seen / rate * 2  # teacher 2, student 6 a weight; as much for rounding
+    # beside the two models: maps and what is made of the linears under them; or codes, their gradient, Adam's moments
+    for name, stage, beside in (("learn", recipe.learning, 2 * moved), ("tune", recipe.tuning, 4 * FULL * packed)):
+        if stage is not None:
+            batch = math.ceil(stage.batch / stage.accumulation) * window
+            kept = 0 if stage.checkpointing else batch * per_token  # fused attention keeps no matrix of scores
+            peak[name] = base + everything + moved + beside + FULL * (kept + LEARN_LOGITS * batch * config.vocab_size)
+            seen = stage.steps * stage.batch * window
+            seconds[name] = 8 * (packed + table) * seen / rate * 2  # teacher 2, student 6 a weight; rounding as much
     return Work(peak, seconds)
 
 
