@@ -26,7 +26,6 @@ from latmix.model.parts import layers, linear
 from latmix.numerics import FORMATS, BlockFormat, parse_format
 from latmix.recipe import Recipe
 from latmix.registry import parse_spec
-from latmix.transforms import TRANSFORMS
 
 KEPT, FULL = 2, 4  # bytes: bfloat16 on disk and in the cache, float32 while quantizing
 LEARN_LOGITS, MEASURE_LOGITS = 8, 5  # tensors of the size of the logits that live at once
@@ -140,19 +139,20 @@ def _biases(skeleton: nn.Module, arch: Arch, recipe: Recipe) -> dict[str, int]:
         name = path.removeprefix(f"{arch.layers}.").partition(".")[2]
         reads, writes = arch.source(name), arch.target(name)
         moving = [site.name for site in (reads, writes) if site and (site is reads or not site.stream)]
-        if name in tuned or any(_shifted(recipe, site) for site in moving):
+        if name in tuned or any(_shift(recipe, site) != "none" for site in moving):
             found[path] = rows
     for site in arch.sites:
-        if site.stream and _shifted(recipe, site.name):
+        if site.stream and _shift(recipe, site.name) == "full":
             found[arch.head] = linear(skeleton, arch.head).out_features
+        elif site.stream and _shift(recipe, site.name) == "layers":  # the last writer takes it off again
+            path = f"{arch.layers}.{len(layers(skeleton, arch)) - 1}.{site.writers[-1]}"
+            found[path] = linear(skeleton, path).out_features
     return found
 
 
-def _shifted(recipe: Recipe, site: str) -> bool:
-    """Whether the map of that site has a shift: the learned ones do, if the recipe says so."""
-    if not recipe.shift or site not in recipe.folded:
-        return False
-    return bool(list(TRANSFORMS[parse_spec(recipe.folded[site])[0]](8, "identity", 8, 0).parameters()))
+def _shift(recipe: Recipe, site: str) -> str:
+    """`latmix.model.maps.SHIFTS` of the map at that site; "none" where there is no map."""
+    return parse_spec(recipe.folded[site])[1].get("shift", "none") if site in recipe.folded else "none"
 
 
 def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.PreTrainedConfig) -> Work:
