@@ -23,7 +23,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Without those that load an exported folder, which tests/test_export.py runs."""
+    """Without those that load an exported folder: there is none here; tests/test_export.py loads such folders."""
     found = [text for kind, text in BLOCK.findall(page.read_text("utf-8")) if kind == language]
     return [text for text in found if '"served"' not in text]
 
