@@ -25,7 +25,7 @@ from latmix.model.load import read_arch
 from latmix.model.parts import layers, linear
 from latmix.numerics import FORMATS, BlockFormat, parse_format
 from latmix.recipe import Recipe
-from latmix.registry import parse_spec
+from latmix.targets import expected_biases
 
 KEPT, FULL = 2, 4  # bytes: bfloat16 on disk and in the cache, float32 while quantizing
 LEARN_LOGITS, MEASURE_LOGITS = 8, 5  # tensors of the size of the logits that live at once
@@ -132,27 +132,23 @@ def _checkpoint(skeleton: nn.Module, arch: Arch, recipe: Recipe, format: BlockFo
 
 
 def _biases(skeleton: nn.Module, arch: Arch, recipe: Recipe) -> dict[str, int]:
-    """Linears that get a bias, from the shifts of the recipe's folded maps or from its tuning, and its length."""
+    """Linears that a run of this recipe gives a bias, and its length."""
+    names = expected_biases(arch, recipe, frozenset())
+    last = f"{arch.layers}.{len(layers(skeleton, arch)) - 1}."
+    ends = {site.writers[-1] for site in arch.sites if site.stream} - _tuned(arch, recipe)
     found = {}
-    tuned = {reader for spot in recipe.tuning.biases for reader in arch.input(spot).readers} if recipe.tuning else set()
     for path, (rows, _) in _linears(skeleton, arch).items():
         name = path.removeprefix(f"{arch.layers}.").partition(".")[2]
-        reads, writes = arch.source(name), arch.target(name)
-        moving = [site.name for site in (reads, writes) if site and (site is reads or not site.stream)]
-        if name in tuned or any(_shift(recipe, site) != "none" for site in moving):
+        if name in names and (name not in ends or path.startswith(last)):  # a shift within the layers ends there
             found[path] = rows
-    for site in arch.sites:
-        if site.stream and _shift(recipe, site.name) == "full":
-            found[arch.head] = linear(skeleton, arch.head).out_features
-        elif site.stream and _shift(recipe, site.name) == "layers":  # the last writer takes it off again
-            path = f"{arch.layers}.{len(layers(skeleton, arch)) - 1}.{site.writers[-1]}"
-            found[path] = linear(skeleton, path).out_features
+    if arch.head in names:
+        found[arch.head] = linear(skeleton, arch.head).out_features
     return found
 
 
-def _shift(recipe: Recipe, site: str) -> str:
-    """`latmix.model.maps.SHIFTS` of the map at that site; "none" where there is no map."""
-    return parse_spec(recipe.folded[site])[1].get("shift", "none") if site in recipe.folded else "none"
+def _tuned(arch: Arch, recipe: Recipe) -> set[str]:
+    inputs = recipe.tuning.biases if recipe.tuning else ()
+    return {reader for name in inputs for reader in arch.input(name).readers}
 
 
 def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.PreTrainedConfig) -> Work:
