@@ -170,12 +170,14 @@ def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.
     }
     rate = _flops()
     seconds = {"quantize": 2 * packed * tokens * (1 + len(arch.inputs) / 2) / rate if hessians else 0.0}
-    if (learning := recipe.learning) is not None:
-        batch = math.ceil(learning.batch / learning.accumulation) * window
-        kept = 0 if learning.checkpointing else batch * per_token  # fused attention keeps no matrix of scores
-        peak["learn"] = base + everything + 3 * moved + FULL * (kept + LEARN_LOGITS * batch * config.vocab_size)
-        seen = learning.steps * learning.batch * window
-        seconds["learn"] = 8 * (packed + table) * seen / rate * 2  # teacher 2, student 6 a weight; as much for rounding
+    # beside the two models: maps and what is made of the linears under them; or codes, their gradient, Adam's moments
+    for name, stage, beside in (("learn", recipe.learning, 2 * moved), ("tune", recipe.tuning, 4 * FULL * packed)):
+        if stage is not None:
+            batch = math.ceil(stage.batch / stage.accumulation) * window
+            kept = 0 if stage.checkpointing else batch * per_token  # fused attention keeps no matrix of scores
+            peak[name] = base + everything + moved + beside + FULL * (kept + LEARN_LOGITS * batch * config.vocab_size)
+            seen = stage.steps * stage.batch * window
+            seconds[name] = 8 * (packed + table) * seen / rate * 2  # teacher 2, student 6 a weight; rounding as much
     return Work(peak, seconds)
 
 

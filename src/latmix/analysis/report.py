@@ -13,7 +13,9 @@ from typing import Any
 
 from latmix.analysis.svg import Words, heat, lines
 from latmix.errors import LatmixError
-from latmix.rundir import METRICS, RECIPE, SUMMARY, is_run, read_json
+from latmix.rundir import METRICS, RECIPE, SUMMARY, TUNING, is_run, read_json
+
+CURVES = {"Learning": METRICS, "Tuning": TUNING}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Record:
     name: str
     recipe: dict[str, Any]
     summary: dict[str, Any]
-    steps: tuple[dict[str, Any], ...]
+    curves: dict[str, list[dict[str, Any]]]
 
 
 def report(runs: Sequence[Path], out: Path) -> Path:
@@ -45,19 +47,23 @@ def read(run: Path) -> Record:
     """Raises: LatmixError: not a run, or damaged."""
     if not is_run(run):
         raise LatmixError(f"'{run}' is not a run directory: it has no {RECIPE}.")
-    steps: list[dict[str, Any]] = []
-    if (run / METRICS).exists():
-        try:
-            steps = [json.loads(line) for line in (run / METRICS).read_text("utf-8").splitlines()]
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise LatmixError(f"'{run / METRICS}' is damaged: {error}.") from error
-    return Record(run.name, read_json(run / RECIPE), read_json(run / SUMMARY), tuple(steps))
+    curves = {title: _steps(run / file) for title, file in CURVES.items()}
+    return Record(run.name, read_json(run / RECIPE), read_json(run / SUMMARY), curves)
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    """The learning curve of a stage; empty where the run had none."""
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LatmixError(f"'{path}' is damaged: {error}.") from error
 
 
 def render(records: Sequence[Record]) -> str:
     """The page. Raises: LatmixError: a summary lacks what every run has."""
     try:
-        sections = [_comparison(records), _learning(records), *(_run(record) for record in records)]
+        curves = [_learning(title, records) for title in CURVES]
+        sections = [_comparison(records), *curves, *(_run(record) for record in records)]
     except (KeyError, TypeError) as error:
         raise LatmixError(
             f"A run's {SUMMARY} or {METRICS} is damaged or of another version: {error} is missing."
@@ -101,8 +107,8 @@ def _comparison(records: Sequence[Record]) -> str:
     return f"<section><h2>Runs side by side</h2><p>{note}</p>{table(head, rows)}</section>"
 
 
-def _learning(records: Sequence[Record]) -> str:
-    learned = {record.name: record.steps for record in records if record.steps}
+def _learning(title: str, records: Sequence[Record]) -> str:
+    learned = {record.name: record.curves[title] for record in records if record.curves[title]}
     if not learned:
         return ""
     held_out = {
@@ -111,16 +117,16 @@ def _learning(records: Sequence[Record]) -> str:
     }
     loss = {name: [(s["step"], s["loss"]) for s in steps[1:]] for name, steps in learned.items()}
     ends = "; ".join(f"{name} from {v[0][1]:.4f} to {min(y for _, y in v):.4f} at best" for name, v in held_out.items())
-    words = Words("Learning: held-out KL", "step", "nats per token", ends + ".")
+    words = Words(f"{title}: held-out KL", "step", "nats per token", ends + ".")
     charts = lines(words, held_out)
     rows = [[name, f"{step}", f"{value:.5f}"] for name, points in held_out.items() for step, value in points]
     charts += _numbers(("run", "step", "held-out KL"), rows)
     if all(loss.values()):
         last = "; ".join(f"{name} ends at {points[-1][1]:.4f}" for name, points in loss.items())
-        charts += lines(Words("Learning: loss of every step", "step", "nats per token", last + "."), loss)
+        charts += lines(Words(f"{title}: loss of every step", "step", "nats per token", last + "."), loss)
         tenth = [[n, f"{x}", f"{y:.5f}"] for n, points in loss.items() for x, y in points[:: max(1, len(points) // 20)]]
         charts += _numbers(("run", "step", "loss"), tenth)
-    return f"<section><h2>Learning</h2>{charts}</section>"
+    return f"<section><h2>{title}</h2>{charts}</section>"
 
 
 def _run(record: Record) -> str:
