@@ -1,8 +1,11 @@
-"""The learned map of LATMiX-LU: A = P L (U + diag(s)), the LU factorisation of A as its parameters.
+"""The learned map of LATMiX-LU: A = P L (U + diag(s)) Q₀: LU factors as the parameters of a step away from Q₀.
 
 Triangles make log|det A| a sum and the inverse two triangular solves. L and U share one parameter matrix, as in LAPACK.
-Given up: because P and the signs of s are fixed, learning stays among the matrices whose pivots, in the order P, keep
-their signs. That is one of 2ⁿ open cells; `QR` reaches every matrix whose determinant has the initial sign.
+The paper has no Q₀ and factorises the initial rotation itself. The triangles of a Hadamard matrix are badly
+conditioned: a step that is small in them is large in some directions of A and nothing in others, and learning was slow
+and unsteady (docs/log.md). With the rotation split off, learning starts at L = I, U = 0, s = ±1.
+Given up: because P and the signs of s are fixed, learning stays among the matrices A Q₀ᵀ whose pivots, in the order P,
+keep their signs. That is one of 2ⁿ open cells; `QR` reaches every matrix whose determinant has the initial sign.
 """
 
 import torch
@@ -15,25 +18,29 @@ from latmix.transforms.initial import initial_matrix
 
 
 class LU(Dense):
-    """A = P L (U + diag(s)): P fixed, L unit lower, U strictly upper, log|s| learned, signs of s fixed.
+    """A = P L (U + diag(s)) Q₀: P and the rotation Q₀ fixed, L unit lower, U strictly upper, log|s| learned, its signs
+    fixed.
 
     Args:
         initial: A at the start, invertible (n, n); factorised in float64, parameters take its dtype.
 
-    Cost: one n × n product for A, two triangular solves for A⁻¹; logabsdet O(n).
+    Cost: two n × n products for A; two triangular solves and a product for A⁻¹; logabsdet O(n).
 
     Raises:
         LatmixError: `initial` is not square, or singular.
     """
 
     permutation: Tensor
+    start: Tensor
 
     def __init__(self, initial: Float[Tensor, "n n"]) -> None:
         super().__init__(initial, orthogonal=False)
-        p, lower, upper = torch.linalg.lu(initial.detach().double())
+        q, r = torch.linalg.qr(initial.detach().double().T)  # initial = rᵀ qᵀ
+        p, lower, upper = torch.linalg.lu(r.T)
         self.triangles = nn.Parameter((lower.tril(-1) + upper.triu(1)).to(initial.dtype))
         self.diagonal = Diagonal(upper.diagonal()).to(initial.dtype)
         self.register_buffer("permutation", p.argmax(dim=1))  # P M = M[permutation]
+        self.register_buffer("start", q.T.to(initial.dtype).contiguous())
 
     def _dense(self) -> tuple[Tensor, Tensor]:
         eye = identity(self.size, self.triangles)
@@ -41,14 +48,14 @@ class LU(Dense):
         upper = self.triangles.triu(1) + self.diagonal.scale.diag()
         inverse = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
         inverse = torch.linalg.solve_triangular(upper, inverse, upper=True)
-        return (lower @ upper)[self.permutation], inverse[:, self.permutation]
+        return (lower @ upper)[self.permutation] @ self.start, self.start.T @ inverse[:, self.permutation]
 
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.diagonal.logabsdet()
 
 
 def build_lu(size: int, init: str, block: int, seed: int) -> LU:
-    """Learned: any linear map, as P L (U + diag(s))."""
+    """Learned: any linear map, as P L (U + diag(s)) Q₀."""
     return LU(initial_matrix(init, size, block, seed)).float()
 
 
