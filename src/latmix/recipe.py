@@ -61,7 +61,7 @@ class Distillation:
     """
 
     steps: int = 200
-    lr: float = 3e-3
+    lr: float = 1e-3
     batch: int = 8
     accumulation: int = 1
     top_k: int | None = None
@@ -112,7 +112,6 @@ class Tuning(Distillation):
         codes_lr: peak learning rate of a code's move; half a unit flips it.
     """
 
-    lr: float = 1e-3
     kept: tuple[str, ...] = ("gains", "embedding", "head")
     biases: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     codes: bool = True
