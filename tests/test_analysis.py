@@ -80,7 +80,7 @@ def test_what_a_map_does_to_norms() -> None:
     assert amplitudes(rotation, x, FMT).rms_variation == pytest.approx(0, abs=1e-5)
     affine = closed_form(x).map
     found = amplitudes(affine, x, FMT)
-    gain = affine.linear(x).norm(dim=-1) / x.norm(dim=-1)
+    gain = affine.linear(x).detach().norm(dim=-1) / x.norm(dim=-1)
     assert found.rms_variation == pytest.approx(float(gain.std() / gain.mean()), rel=1e-2)
     assert found.condition > 1 and 0.98 < sum(found.histogram) <= 1
 
@@ -89,7 +89,7 @@ def test_places_and_their_activations(tmp_path: Path) -> None:
     llama = ARCHS["llama"]
     assert [str(place) for place in places(llama, 2, "residual")] == ["qkv/0", "gate_up/0", "qkv/1", "gate_up/1"]
     assert [str(place) for place in places(llama, 2, "values/1")] == ["o/1"]
-    for word, message in (("stream", "known: residual, values, qkv"), ("down/2", "layers 0 to 1")):
+    for word, message in (("stream", "known: residual, values, .*qkv"), ("down/2", "layers 0 to 1")):
         with pytest.raises(latmix.LatmixError, match=message):
             places(llama, 2, word)
     loaded = load(save_tiny(tmp_path / "model"))
