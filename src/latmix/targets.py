@@ -21,6 +21,7 @@ from latmix.registry import Registry, parse_spec
 
 HEAD = "lm_head"
 SERVED = "mxfp4:scale=even"
+FIXED = ("hadamard", "block-hadamard")  # online transforms without anything to learn
 ATTENTION = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"})
 MLP = frozenset({"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"})
 QKV = ATTENTION - {"self_attn.o_proj"}
@@ -104,7 +105,14 @@ def fit(recipe: Recipe, layout: Layout) -> Recipe:
         if not refusals[0].settings:
             raise LatmixError(f"The target '{target.name}' cannot serve this: {refusals[0].reason}.")
         recipe = override(recipe, refusals[0].settings)
-    return recipe
+    return _without_idle_learning(recipe, layout.arch)
+
+
+def _without_idle_learning(recipe: Recipe, arch: Arch) -> Recipe:
+    """Layer-wise learning ends where a target has left no map of a layer's own to learn."""
+    own = [name for name in recipe.folded if not arch.site(name).stream]
+    own += [name for name, spec in recipe.online.items() if parse_spec(spec)[0] not in FIXED]
+    return recipe if own else dataclasses.replace(recipe, layerwise=None)
 
 
 def expected(recipe: Recipe, layout: Layout) -> Layout:
