@@ -185,7 +185,7 @@ def test_refusals() -> None:
 
 def test_quantizers_are_read_from_text() -> None:
     assert parse_quantizer("rtn") == RTN() and parse_quantizer("gptq") == GPTQ()
-    assert parse_quantizer("gptq:damping=0.05,act_order=false,columns=64") == GPTQ(False, 0.05, 64)
+    assert parse_quantizer("gptq:damping=0.05,act_order=false,columns=64") == GPTQ(False, 0.05, columns=64)
     for text, message in (
         ("awq", "known: rtn, gptq|known: gptq, rtn"),
         ("gptq:block=3", "unknown setting 'block'; known: act_order, damping, columns"),

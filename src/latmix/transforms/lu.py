@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latmix.transforms.base import TRANSFORMS, Dense, identity
 from latmix.transforms.diagonal import Diagonal
 from latmix.transforms.initial import initial_matrix
+from latmix.transforms.rotation import orthonormal
 
 
 class LU(Dense):
@@ -48,7 +49,8 @@ class LU(Dense):
         upper = self.triangles.triu(1) + self.diagonal.scale.diag()
         inverse = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
         inverse = torch.linalg.solve_triangular(upper, inverse, upper=True)
-        return (lower @ upper)[self.permutation] @ self.start, self.start.T @ inverse[:, self.permutation]
+        start = orthonormal(self.start)
+        return (lower @ upper)[self.permutation] @ start, start.T @ inverse[:, self.permutation]
 
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.diagonal.logabsdet()
