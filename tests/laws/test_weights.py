@@ -188,7 +188,7 @@ def test_quantizers_are_read_from_text() -> None:
     assert parse_quantizer("gptq:damping=0.05,act_order=false,columns=64") == GPTQ(False, 0.05, columns=64)
     for text, message in (
         ("awq", "known: rtn, gptq|known: gptq, rtn"),
-        ("gptq:block=3", "unknown setting 'block'; known: act_order, damping, columns"),
+        ("gptq:block=3", "unknown setting 'block'; known: act_order, damping, search, columns"),
         ("rtn:damping=1", "known: none"),
         ("gptq:act_order=1", "true or false"),
         ("gptq:columns=0", "positive integer"),
