@@ -4,7 +4,6 @@ Everything is checked before anything long begins: the folder, the architecture,
 load in float32; remote code is never run. Given up: downloads (pass a local folder).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from latmix.archs import ARCHS, Arch
 from latmix.errors import LatmixError
+from latmix.model.shards import stored_tensors
 from latmix.rundir import read_json
 
 
@@ -43,7 +43,7 @@ def load(path: Path | str) -> Loaded:
     weights, no tokenizer."""
     path = Path(path)
     arch = read_arch(path)
-    check_shards(path)
+    stored_tensors(path)
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -78,38 +78,6 @@ def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise LatmixError(f"No tokenizer could be loaded from '{path}': {error}") from error
     return tokenizer
-
-
-def check_shards(path: Path) -> None:
-    """Every safetensors file the folder promises is there, as long as its header says."""
-    index = path / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        mapping = read_json(index).get("weight_map")
-        if not isinstance(mapping, dict) or not mapping:
-            raise LatmixError(f"'{index}' has no weight_map.")
-        names = set(mapping.values())
-    for name in sorted(names):
-        shard = path / name
-        if Path(name).name != name:
-            raise LatmixError(f"'{index}' names the shard '{name}' outside its folder.")
-        if not shard.is_file():
-            raise LatmixError(f"The checkpoint in '{path}' is incomplete: '{name}' is missing (safetensors only).")
-        if shard.stat().st_size != (needed := _promised_size(shard)):
-            raise LatmixError(f"'{shard}' is cut short or damaged: {shard.stat().st_size} bytes of {needed}.")
-
-
-def _promised_size(shard: Path) -> int:
-    with shard.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        if not 0 < header <= shard.stat().st_size - 8:
-            raise LatmixError(f"'{shard}' is cut short or is no safetensors file.")
-        try:
-            tensors = json.loads(file.read(header))
-            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise LatmixError(f"'{shard}' has a damaged safetensors header: {error}.") from error
-    return 8 + header + max(ends, default=0)
 
 
 def check_finite(model: nn.Module, path: Path) -> None:
