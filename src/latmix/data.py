@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.recipe import Calibration
 
 
@@ -38,11 +38,11 @@ def read_text(path: Path | str, separator: str | None = None) -> Corpus:
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise LatmixError(f"The text '{path}' is not UTF-8 (byte {error.start}).") from error
+        raise InputError(f"The text '{path}' is not UTF-8 (byte {error.start}).") from error
     except OSError as error:
-        raise LatmixError(f"The text '{path}' cannot be read: {error.strerror}.") from error
+        raise InputError(f"The text '{path}' cannot be read: {error.strerror}.") from error
     if not text.strip():
-        raise LatmixError(f"The text '{path}' is empty.")
+        raise InputError(f"The text '{path}' is empty.")
     return Corpus(text, str(path), separator)
 
 
@@ -60,7 +60,7 @@ def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int) -> 
         cut += [opened[i : i + window] for i in range(0, len(opened) - window + 1, window)]
         tokens = max(tokens, len(opened))
     if not cut:
-        raise LatmixError(
+        raise InputError(
             f"The text '{corpus.source}' is too short: its longest document holds {tokens} tokens, less than one "
             f"window of {window}."
         )
@@ -77,7 +77,7 @@ def calibration_windows(
     window = min(wish.window, longest)
     every = windows(corpus, tokenizer, window)
     if len(every) < wish.windows + wish.held_out:
-        raise LatmixError(
+        raise InputError(
             f"The calibration text '{corpus.source}' is too short: it holds {len(every)} windows of {window} tokens "
             f"and the recipe asks for {wish.windows} + {wish.held_out} held out; give a longer text, or choose "
             "calibration.windows, calibration.held_out or calibration.window smaller."

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from latmix.assets import CALIBRATION, DEMO_MODEL, EVALUATION
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.pipeline import Evaluation, evaluate, quantize
 from latmix.progress import Progress
 from latmix.rundir import write_json
@@ -29,7 +29,7 @@ class Row:
 def run(out: Path, seed: int, progress: Progress) -> list[Row]:
     """Raises: LatmixError: `out` exists."""
     if out.exists():
-        raise LatmixError(f"The output folder '{out}' exists; choose another --out or remove it.")
+        raise InputError(f"The output folder '{out}' exists; choose another --out or remove it.")
     original = evaluate(DEMO_MODEL, EVALUATION, reference=DEMO_MODEL)
     rows = [Row("full precision", original, 0.0)]
     for name in RECIPES:

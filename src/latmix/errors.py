@@ -5,13 +5,15 @@ What is not in the tree is a bug of latmix, and keeps its traceback. Being inter
 command line with 130, SIGTERM with 143.
 """
 
+import inspect
+from collections.abc import Iterator
 from typing import ClassVar
 
 
 class LatmixError(Exception):
     """Whatever latmix refuses or cannot finish; catch this one in a program.
 
-    Cause: one of the classes below.
+    Cause: each of the classes below has its own; this one is not raised itself.
     Remedy: the message names it.
     """
 
@@ -48,7 +50,7 @@ class FailedError(LatmixError):
     """The input was good and the work could not be done.
 
     Cause: numbers that no longer make sense (a Hessian that is not positive definite, an engine that computes
-    something else than the run), or one of the two classes below.
+    something else than the run); the classes below are special cases.
     Remedy: the message names the setting to change.
     """
 
@@ -77,3 +79,17 @@ class BusyError(FailedError):
     Cause: two commands with the same `--out`.
     Remedy: wait for the other one, or choose another `--out`.
     """
+
+
+def tree(root: type[LatmixError] = LatmixError) -> Iterator[type[LatmixError]]:
+    """The classes below `root` and itself, parents first."""
+    yield root
+    for kind in root.__subclasses__():
+        yield from tree(kind)
+
+
+def explained(kind: type[LatmixError]) -> tuple[str, str, str]:
+    """What an error says of itself: its one line, the cause and the remedy."""
+    line, _, rest = " ".join((inspect.getdoc(kind) or "").split()).partition(" Cause: ")
+    cause, _, remedy = rest.partition(" Remedy: ")
+    return line, cause, remedy

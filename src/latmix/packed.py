@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from latmix.archs import ARCHS, Arch
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError
 from latmix.model.maps import build_transform
 from latmix.model.parts import layers, linear
 from latmix.numerics import BlockFormat, Quantized, decode, fake_quant, parse_format, unpack
@@ -99,7 +99,7 @@ class LatmixConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
     ) -> None:
         if version != VERSION:
-            raise LatmixError(f"The checkpoint has latmix's layout {version}; this latmix reads layout {VERSION}.")
+            raise DamagedError(f"The checkpoint has latmix's layout {version}; this latmix reads layout {VERSION}.")
         self.quant_method, self.version = quant_method, version  # type: ignore[assignment]
         self.weights, self.activations = weights, activations
         self.online, self.biases = {key: dict(value) for key, value in online.items()}, list(biases)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.typed import build, replaced
 
 OBJECTIVES = ("kl", "cross-entropy")
@@ -21,7 +21,7 @@ OBJECTIVES = ("kl", "cross-entropy")
 def _at_least(key: str, owner: object, **lowest: int) -> None:
     for name, limit in lowest.items():
         if not getattr(owner, name) >= limit:  # NaN fails too
-            raise LatmixError(f"Recipe key '{key}.{name}' is {getattr(owner, name)}; it must be at least {limit}.")
+            raise InputError(f"Recipe key '{key}.{name}' is {getattr(owner, name)}; it must be at least {limit}.")
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Distillation:
     def __post_init__(self) -> None:
         _at_least(self.key, self, steps=1, batch=1, accumulation=1, evaluate_every=1, lr=0)
         if self.accumulation > self.batch:
-            raise LatmixError(f"Recipe key '{self.key}.accumulation' is {self.accumulation}, above {self.key}.batch.")
+            raise InputError(f"Recipe key '{self.key}.accumulation' is {self.accumulation}, above {self.key}.batch.")
         if self.objective not in OBJECTIVES:
             known = ", ".join(OBJECTIVES)
-            raise LatmixError(f"Recipe key '{self.key}.objective' is '{self.objective}'; known: {known}.")
+            raise InputError(f"Recipe key '{self.key}.objective' is '{self.objective}'; known: {known}.")
         if self.top_k is not None and self.top_k < 2:
-            raise LatmixError(f"Recipe key '{self.key}.top_k' is {self.top_k}; it must be at least 2, or none.")
+            raise InputError(f"Recipe key '{self.key}.top_k' is {self.top_k}; it must be at least 2, or none.")
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def from_json(text: str) -> Recipe:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise LatmixError(f"The recipe is not JSON: {error}.") from error
+        raise InputError(f"The recipe is not JSON: {error}.") from error
     recipe: Recipe = build(Recipe, values)
     return recipe
 

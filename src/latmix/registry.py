@@ -4,7 +4,7 @@ is one `Registry`, so that an unknown name is always answered with the known one
 from collections.abc import ItemsView, Iterator
 from typing import Generic, TypeVar
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 
 T = TypeVar("T")
 
@@ -23,13 +23,13 @@ class Registry(Generic[T]):
     def add(self, name: str, thing: T) -> T:
         """Register `thing`; a name is given once. Returns `thing`."""
         if name in self._things:
-            raise LatmixError(f"{self.kind} '{name}' is registered twice.")
+            raise InputError(f"{self.kind} '{name}' is registered twice.")
         self._things[name] = thing
         return thing
 
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
-            raise LatmixError(f"Unknown {self.kind} '{name}'; known: {', '.join(self._things)}.")
+            raise InputError(f"Unknown {self.kind} '{name}'; known: {', '.join(self._things)}.")
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
@@ -57,8 +57,8 @@ def parse_spec(text: str) -> tuple[str, dict[str, str]]:
         key, equals, value = part.partition("=")
         key, value = key.strip(), value.strip()
         if not (name and equals and key and value):
-            raise LatmixError(f"Cannot read '{text}': write name:key=value,key=value.")
+            raise InputError(f"Cannot read '{text}': write name:key=value,key=value.")
         if key in properties:
-            raise LatmixError(f"Cannot read '{text}': '{key}' is given twice.")
+            raise InputError(f"Cannot read '{text}': '{key}' is given twice.")
         properties[key] = value
     return name, properties

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latmix.archs import ARCHS, Arch
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.numerics.formats import BlockFormat, parse_format
 from latmix.recipe import Recipe, override
 from latmix.registry import Registry, parse_spec
@@ -103,7 +103,7 @@ def fit(recipe: Recipe, layout: Layout) -> Recipe:
     target = TARGETS[recipe.target]
     while refusals := target.refusals(expected(recipe, layout), recipe):
         if not refusals[0].settings:
-            raise LatmixError(f"The target '{target.name}' cannot serve this: {refusals[0].reason}.")
+            raise InputError(f"The target '{target.name}' cannot serve this: {refusals[0].reason}.")
         recipe = override(recipe, refusals[0].settings)
     return _without_idle_learning(recipe, layout.arch)
 
@@ -132,7 +132,7 @@ def refuse(target: Target, layout: Layout, recipe: Recipe) -> None:
         fits = all(refusal.settings for refusal in refusals)
         advice = f"; learn it for this target with --set target={target.name}" if fits else ""
         reasons = "; ".join(map(str, refusals))
-        raise LatmixError(f"'{target.name}' cannot express this run: {reasons}{advice}.")
+        raise InputError(f"'{target.name}' cannot express this run: {reasons}{advice}.")
 
 
 def family(layout: Layout) -> Arch:

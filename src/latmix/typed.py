@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 
 Value = TypeVar("Value")
 
@@ -49,7 +49,7 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
         }
         required = [part.name for part in dataclasses.fields(kind) if part.default is part.default_factory]
         if absent := [name for name in required if name not in inside]:
-            raise LatmixError(f"The recipe lacks '{_join(key, absent[0])}'.")
+            raise InputError(f"The recipe lacks '{_join(key, absent[0])}'.")
         return kind(**inside)
     if typing.get_origin(kind) is Mapping and isinstance(value, dict):
         return {name: build(str, part, _join(key, name)) for name, part in value.items() if part is not None}
@@ -60,7 +60,7 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
-    raise LatmixError(f"Recipe key '{key}' takes {getattr(kind, '__name__', kind)}, not {value!r}.")
+    raise InputError(f"Recipe key '{key}' takes {getattr(kind, '__name__', kind)}, not {value!r}.")
 
 
 def _value(text: str) -> Any:
@@ -88,7 +88,7 @@ def _hint(owner: Any, name: str, key: str) -> Any:
     hints = {key: hint for key, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar}
     if name not in hints:
         choices = f"'{name}' is none of {', '.join(hints)}" if hints else f"'{name}' has nothing to be inside of"
-        raise LatmixError(f"Unknown recipe key '{key}': {choices}.")
+        raise InputError(f"Unknown recipe key '{key}': {choices}.")
     return hints[name]
 
 

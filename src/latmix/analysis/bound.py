@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.numerics import BlockFormat, choose_tensor_scale
 from latmix.numerics.scales import to_blocks
 from latmix.transforms import Transform
@@ -81,7 +81,7 @@ def scale_span(fmt: BlockFormat) -> tuple[float, float]:
     }
     key = (fmt.scale_element, fmt.scale)
     if key not in spans:
-        raise LatmixError(f"No bound is known for the scale rule '{fmt.scale}' of {fmt}.")
+        raise InputError(f"No bound is known for the scale rule '{fmt.scale}' of {fmt}.")
     return spans[key]
 
 

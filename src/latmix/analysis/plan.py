@@ -20,7 +20,7 @@ from torch import nn
 
 from latmix import recipes
 from latmix.archs import Arch
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError
 from latmix.model.load import read_arch
 from latmix.model.parts import layers, linear
 from latmix.numerics import FORMATS, BlockFormat, parse_format
@@ -79,7 +79,7 @@ def plan(model: Path | str, recipe: Recipe | str = "latmix-lu", formats: tuple[s
         with torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise LatmixError(f"'{path / 'config.json'}' makes no model: {error}") from error
+        raise DamagedError(f"'{path / 'config.json'}' makes no model: {error}") from error
     chosen = [parse_format(text) for text in formats or FORMATS.names()]
     unquantized = sum(parameter.numel() for parameter in skeleton.parameters()) * KEPT
     sizes = [Checkpoint("bfloat16", unquantized, unquantized)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError, UnavailableError
 
 COLOURS = ("#3b6ea8", "#c8553d", "#4f9d69", "#8a63a8", "#b8860b", "#5b8c9b", "#7a5c43", "#b5577f")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -23,7 +23,7 @@ def plot(folder: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError as error:
-        raise LatmixError(
+        raise UnavailableError(
             "Figures need matplotlib: pip install 'latmix[plots]'. The CSV files are complete."
         ) from error
     matplotlib.use("Agg")
@@ -54,7 +54,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
     except OSError as error:
-        raise LatmixError(f"'{path}' cannot be read: {error.strerror}.") from error
+        raise InputError(f"'{path}' cannot be read: {error.strerror}.") from error
 
 
 def _curves(axes: Any, rows: list[dict[str, str]], x: str, y: str) -> None:

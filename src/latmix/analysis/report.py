@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latmix.analysis.svg import Words, heat, lines
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError, InputError, WriteError
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TUNING, is_run, read_json
 
 CURVES = {"Learning": METRICS, "Tuning": TUNING}
@@ -34,19 +34,19 @@ def report(runs: Sequence[Path], out: Path) -> Path:
     Raises: LatmixError: no run there, a damaged one, or `out` exists or cannot be written.
     """
     if out.exists():
-        raise LatmixError(f"'{out}' exists; choose another --out or remove it.")
+        raise InputError(f"'{out}' exists; choose another --out or remove it.")
     page = render([read(run) for run in runs])
     try:
         out.write_text(page, "utf-8")
     except OSError as error:
-        raise LatmixError(f"Cannot write '{out}': {error.strerror}.") from error
+        raise WriteError(f"Cannot write '{out}': {error.strerror}.") from error
     return out
 
 
 def read(run: Path) -> Record:
     """Raises: LatmixError: not a run, or damaged."""
     if not is_run(run):
-        raise LatmixError(f"'{run}' is not a run directory: it has no {RECIPE}.")
+        raise InputError(f"'{run}' is not a run directory: it has no {RECIPE}.")
     curves = {title: _steps(run / file) for title, file in CURVES.items()}
     return Record(run.name, read_json(run / RECIPE), read_json(run / SUMMARY), curves)
 
@@ -56,7 +56,7 @@ def _steps(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LatmixError(f"'{path}' is damaged: {error}.") from error
+        raise DamagedError(f"'{path}' is damaged: {error}.") from error
 
 
 def render(records: Sequence[Record]) -> str:
@@ -65,7 +65,7 @@ def render(records: Sequence[Record]) -> str:
         curves = [_learning(title, records) for title in CURVES]
         sections = [_comparison(records), *curves, *(_run(record) for record in records)]
     except (KeyError, TypeError) as error:
-        raise LatmixError(
+        raise DamagedError(
             f"A run's {SUMMARY} or {METRICS} is damaged or of another version: {error} is missing."
         ) from error
     style = (Path(__file__).parent / "report.css").read_text("utf-8")

@@ -23,7 +23,7 @@ from latmix.analysis.candidates import CANDIDATES, ORTHOGONAL
 from latmix.analysis.optimum import closed_form
 from latmix.assets import CALIBRATION
 from latmix.data import read_text, windows
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.eval import score
 from latmix.eval.activations import Place, collect, places
 from latmix.eval.errors import block_errors, error, through
@@ -75,7 +75,7 @@ def analyze(model: Path | str, out: Path | str, question: Question, progress: Pr
         spots = places(loaded.arch, len(layers(loaded.model, loaded.arch)), question.site)
         every = windows(corpus, loaded.tokenizer, min(question.window, loaded.longest))
         if len(every) < 2:
-            raise LatmixError(f"The text '{corpus.source}' holds one window only; an analysis needs two halves.")
+            raise InputError(f"The text '{corpus.source}' holds one window only; an analysis needs two halves.")
         half = len(every) // 2
         taught, held_out = _spread(every[:half], question.windows), _spread(every[half:], question.windows)
         seen = [collect(loaded, part, question.tokens, question.seed) for part in (taught, held_out)]

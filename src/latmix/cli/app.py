@@ -1,5 +1,6 @@
 """The program: its help, its exit codes. Commands live in the files beside this one and register themselves here."""
 
+import signal
 import sys
 
 import transformers
@@ -11,7 +12,8 @@ app = typer.Typer(
     name="latmix",
     help="Turn a Hugging Face language model into a 4-bit microscaling (MX) model that keeps its accuracy.",
     epilog="Start with: latmix demo. Then: latmix quantize MODEL --out RUN, latmix evaluate RUN --text FILE. "
-    "The guide is in docs/; make docs builds it.",
+    "The guide is in docs/; make docs builds it. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted, "
+    "143 terminated; latmix list errors explains.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -19,10 +21,17 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 a comparison with failed cells, 2 bad input or usage, 130 interrupted."""
+    """Exit codes: 0 done; 1 the work failed, or a comparison has failed cells; 2 bad input or usage; 130 Ctrl-C; 143
+    SIGTERM. An exception that is no `LatmixError` is a bug: it keeps its traceback."""
     transformers.utils.logging.disable_progress_bar()  # ours is the only bar
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except LatmixError as error:
-        print(f"latmix: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"latmix: {error}\n({type(error).__name__}; latmix list errors explains.)", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _terminate(number: int, _: object) -> None:
+    """As an exception, so that what is open is closed as after Ctrl-C."""
+    sys.exit(128 + number)

@@ -8,7 +8,7 @@ import rich
 import typer
 from rich.table import Table
 
-from latmix import archs, recipes, transforms
+from latmix import archs, errors, recipes, transforms
 from latmix.cli.app import app
 from latmix.numerics import FORMATS, SCALE_RULES, BlockFormat
 
@@ -18,6 +18,7 @@ class Kind(StrEnum):
     formats = "formats"
     transforms = "transforms"
     architectures = "architectures"
+    errors = "errors"
 
 
 @app.command("list")
@@ -30,6 +31,7 @@ def list_command(
         Kind.formats: [(name, _about(format)) for name, format in FORMATS.items()],
         Kind.transforms: [(name, inspect.getdoc(make) or "") for name, make in transforms.TRANSFORMS.items()],
         Kind.architectures: [(name, arch.causal_lm) for name, arch in archs.ARCHS.items()],
+        Kind.errors: [(kind.__name__, _how(kind)) for kind in errors.tree()],
     }
     for section in [kind] if kind else list(Kind):
         table = Table(title=section.value, show_header=False, title_justify="left")
@@ -41,3 +43,8 @@ def list_command(
 def _about(format: BlockFormat) -> str:
     rules = "|".join(SCALE_RULES[format.scale_element])
     return f"{format.bits_per_element:g} bits per element; :block={format.block},scale={rules},rounding=even|away"
+
+
+def _how(kind: type[errors.LatmixError]) -> str:
+    line, cause, remedy = errors.explained(kind)
+    return f"{line} Cause: {cause} Remedy: {remedy} Exit code {kind.exit_code}."

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from latmix import export as exports
 from latmix.cli.app import app
-from latmix.errors import LatmixError
+from latmix.errors import FailedError
 
 Python = Annotated[
     str | None, typer.Option(help="Interpreter of the engine's environment; this one unless given.", metavar="PATH")
@@ -53,4 +53,4 @@ def _report(verdict: exports.Verdict, folder: Path) -> None:
     table.add_row("same tokenizer", "yes" if verdict.tokenizer else "no", "")
     rich.print(table)
     if not verdict.passed:
-        raise LatmixError(f"{verdict.engine} does not compute what the run computed; see '{folder}/verdict.json'.")
+        raise FailedError(f"{verdict.engine} does not compute what the run computed; see '{folder}/verdict.json'.")

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.progress import Progress
 
 
@@ -24,7 +24,7 @@ def settings(pairs: list[str], flag: str = "--set") -> dict[str, str]:
     """Raises: LatmixError: not key=value."""
     for pair in pairs:
         if "=" not in pair:
-            raise LatmixError(f"{flag} takes key=value, not '{pair}'.")
+            raise InputError(f"{flag} takes key=value, not '{pair}'.")
     return dict((pair.partition("=")[0], pair.partition("=")[2]) for pair in pairs)
 
 

@@ -15,7 +15,7 @@ from latmix.comparison import table
 from latmix.comparison.plan import Cell, Measures, cells, split_text
 from latmix.comparison.pool import default_jobs, run_cells
 from latmix.comparison.results import Row, collect
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.progress import Progress
 from latmix.rundir import write_json, write_text
 
@@ -40,7 +40,7 @@ class Texts:
         if self.split is None:
             return self.calibration or CALIBRATION, self.text or EVALUATION
         if self.text is None or self.calibration is not None:
-            raise LatmixError("A split needs a text, and no calibration text beside it.")
+            raise InputError("A split needs a text, and no calibration text beside it.")
         return split_text(self.text, self.separator or "\n\n", self.split, out)
 
 

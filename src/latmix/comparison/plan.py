@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from latmix import recipes
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.recipe import Recipe, from_json, override
 from latmix.rundir import write_text
 
@@ -109,13 +109,13 @@ def cells(
     Raises: LatmixError: an unknown recipe or setting, two recipes of one name, a text or model that cannot be read.
     """
     if seeds < 1:
-        raise LatmixError(f"A comparison over {seeds} seeds makes no sense; give at least 1.")
+        raise InputError(f"A comparison over {seeds} seeds makes no sense; give at least 1.")
     fixed = (_model_digest(model), file_digest(calibration))
     text_digest = file_digest(Path(measures.text))
     planned: list[tuple[str, int, Recipe | None]] = [(FULL_PRECISION, 0, None)]
     for recipe in (adapted(recipes.find(name), settings) for name in names):
         if any(recipe.name == name for name, _, _ in planned):
-            raise LatmixError(f"Two recipes are called '{recipe.name}'; a row of the table needs a name of its own.")
+            raise InputError(f"Two recipes are called '{recipe.name}'; a row of the table needs a name of its own.")
         planned += [(recipe.name, seed, dataclasses.replace(recipe, seed=seed)) for seed in range(seeds)]
     return [
         Cell(
@@ -149,7 +149,7 @@ def split_text(text: Path, separator: str, share: float, out: Path) -> tuple[Pat
     documents = _read(text).decode("utf-8").split(separator)
     cut = int(share * len(documents))
     if not 0 < cut < len(documents):
-        raise LatmixError(
+        raise InputError(
             f"A split of {share} leaves nothing on one side of the {len(documents)} documents in '{text}'."
         )
     files = []
@@ -168,14 +168,14 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise LatmixError(f"The text '{path}' cannot be read: {error.strerror}.") from error
+        raise InputError(f"The text '{path}' cannot be read: {error.strerror}.") from error
 
 
 def _model_digest(model: Path) -> str:
     """Of every tensor, so that a model trained further under the same name is another model."""
     files = sorted(model.glob("*.safetensors")) if model.is_dir() else []
     if not files:
-        raise LatmixError(f"The model '{model}' is not a folder with safetensors files.")
+        raise InputError(f"The model '{model}' is not a folder with safetensors files.")
     digest = hashlib.sha256((model / "config.json").read_bytes() if (model / "config.json").is_file() else b"")
     for file in files:
         with file.open("rb") as stream:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latmix.archs import Arch
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.model.inputs import watch
 from latmix.model.load import Loaded
 from latmix.model.parts import layers
@@ -44,9 +44,9 @@ def places(arch: Arch, count: int, word: str) -> list[Place]:
     elif name in inputs:
         inputs = [name]
     else:
-        raise LatmixError(f"Unknown site or input '{name}'; known: {', '.join([*sites, *inputs])}.")
+        raise InputError(f"Unknown site or input '{name}'; known: {', '.join([*sites, *inputs])}.")
     if slash and not (layer.isdecimal() and int(layer) < count):
-        raise LatmixError(f"'{word}' names no layer; this model has layers 0 to {count - 1}.")
+        raise InputError(f"'{word}' names no layer; this model has layers 0 to {count - 1}.")
     chosen = [int(layer)] if slash else range(count)
     return [Place(input, index) for index in chosen for input in inputs]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latmix.errors import LatmixError
+from latmix.errors import FailedError, InputError, UnavailableError
 from latmix.model.load import Loaded
 
 DEFINITIONS = Path(__file__).parent / "tasks"
@@ -54,13 +54,13 @@ def measure_task(
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise LatmixError(f"Tasks need lm-evaluation-harness: pip install 'latmix[eval]' ({error}).") from error
+        raise UnavailableError(f"Tasks need lm-evaluation-harness: pip install 'latmix[eval]' ({error}).") from error
     for_model, for_run = _options(options or {}, HFLM.__init__, simple_evaluate)
     manager = _hub() if folder is None else _local(folder)
     asked = name if folder is None else LOCAL + name
     if asked not in manager.all_subtasks:
         known = ", ".join(sorted(task.removeprefix(LOCAL) for task in manager.all_subtasks if task.startswith(LOCAL)))
-        raise LatmixError(
+        raise InputError(
             f"Unknown task '{name}'; " + (f"local files: {known}." if folder else "see `lm-eval ls tasks`.")
         )
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, **for_model)
@@ -93,7 +93,7 @@ def _options(options: Mapping[str, str], *owners: Any) -> list[dict[str, Any]]:
     for key, text in options.items():
         owner = next((i for i, names in enumerate(known) if key in names), None)
         if owner is None:
-            raise LatmixError(f"Unknown task option '{key}'; known: {', '.join(dict.fromkeys(sum(known, [])))}.")
+            raise InputError(f"Unknown task option '{key}'; known: {', '.join(dict.fromkeys(sum(known, [])))}.")
         try:
             shares[owner][key] = json.loads(text)
         except json.JSONDecodeError:
@@ -105,7 +105,7 @@ def _score(name: str, result: Mapping[str, Any], samples: list[dict[str, Any]]) 
     found = {key.partition(",")[0]: key for key in result}
     metric = next((metric for metric in METRICS if metric in found), None)
     if metric is None:
-        raise LatmixError(f"The task '{name}' reports none of {', '.join(METRICS)}.")
+        raise FailedError(f"The task '{name}' reports none of {', '.join(METRICS)}.")
     key = found[metric]
     error = result[key.replace(metric, f"{metric}_stderr", 1)]
     in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError, InputError
 from latmix.export import card, fingerprint
 from latmix.export.base import EXPORTS
 from latmix.export.shards import PLAN, begin, digest, finish, plan_of
@@ -81,19 +81,19 @@ def open_export(folder: Path) -> dict[str, Any]:
     Raises: LatmixError: no export, one of another version, or a file missing, cut short or changed.
     """
     if not (folder / MANIFEST).is_file():
-        raise LatmixError(f"'{folder}' is no export of latmix: it has no {MANIFEST}.")
+        raise InputError(f"'{folder}' is no export of latmix: it has no {MANIFEST}.")
     manifest = read_json(folder / MANIFEST)
     found = manifest.get("version") if isinstance(manifest, dict) else None
     if found != VERSION:
-        raise LatmixError(f"The export '{folder}' has version {found}; this latmix reads version {VERSION}.")
+        raise DamagedError(f"The export '{folder}' has version {found}; this latmix reads version {VERSION}.")
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            raise LatmixError(f"The export '{folder}' is incomplete: '{name}' is missing.")
+            raise DamagedError(f"The export '{folder}' is incomplete: '{name}' is missing.")
         if file.stat().st_size != entry["bytes"]:
-            raise LatmixError(f"'{file}' is cut short or changed: {file.stat().st_size} bytes of {entry['bytes']}.")
+            raise DamagedError(f"'{file}' is cut short or changed: {file.stat().st_size} bytes of {entry['bytes']}.")
         if digest(file) != entry["sha256"]:
-            raise LatmixError(f"'{file}' has been changed since the export: its SHA-256 differs from {MANIFEST}.")
+            raise DamagedError(f"'{file}' has been changed since the export: its SHA-256 differs from {MANIFEST}.")
     checked: dict[str, Any] = manifest
     return checked
 

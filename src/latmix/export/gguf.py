@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError, UnavailableError
 from latmix.export.base import EXPORTS, Export
 from latmix.export.source import PACKED, SCALE, Source
 from latmix.export.vocabulary import add_tokenizer
@@ -44,7 +44,7 @@ def write(source: Source, folder: Path) -> None:
     try:
         import gguf
     except ImportError:
-        raise LatmixError("Writing GGUF needs the package gguf: pip install 'latmix[export]'.") from None
+        raise UnavailableError("Writing GGUF needs the package gguf: pip install 'latmix[export]'.") from None
     if (folder / NAME).exists():
         return
     temporary = folder / f"{NAME}.tmp"
@@ -132,7 +132,7 @@ def rotary_order(source: Source, name: str, rows: int) -> Tensor | None:
 def _add_facts(writer: Any, source: Source) -> None:
     config, rope = source.config, source.config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
-        raise LatmixError(f"The rotary embedding '{rope['rope_type']}' is not written to GGUF; known: default.")
+        raise InputError(f"The rotary embedding '{rope['rope_type']}' is not written to GGUF; known: default.")
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     writer.add_context_length(config["max_position_embeddings"])

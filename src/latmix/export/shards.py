@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.rundir import read_json, write_json
 
 SHARD = 2**31
@@ -46,11 +46,11 @@ def begin(out: Path, plan: Any) -> Path:
     Raises: LatmixError: `out` exists, or the partial folder is another export's.
     """
     if out.exists():
-        raise LatmixError(f"The output folder '{out}' exists; choose another --out or remove it.")
+        raise InputError(f"The output folder '{out}' exists; choose another --out or remove it.")
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     if any(partial.iterdir()) and (not (partial / PLAN).exists() or read_json(partial / PLAN) != plan):
-        raise LatmixError(f"'{partial}' is another export's, or of a run that has changed since; remove it first.")
+        raise InputError(f"'{partial}' is another export's, or of a run that has changed since; remove it first.")
     write_json(partial / PLAN, plan)
     return partial
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from latmix import recipes
 from latmix.archs import Arch
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError, InputError
 from latmix.model.load import read_arch
 from latmix.model.maps import Maps, build_maps
 from latmix.numerics import parse_format
@@ -58,16 +58,16 @@ class Source:
             with safe_open(self.files[name], "pt") as file:
                 found: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise LatmixError(f"'{name}' in '{self.files[name]}' cannot be read: {error}.") from error
+            raise DamagedError(f"'{name}' in '{self.files[name]}' cannot be read: {error}.") from error
         if name.endswith(SCALE) and self.layout.weights.scale_element == "e8m0" and bool((found == 255).any()):
-            raise LatmixError(f"'{name}' in '{self.files[name]}' holds NaN scales.")
+            raise DamagedError(f"'{name}' in '{self.files[name]}' holds NaN scales.")
         return found
 
 
 def open_run(path: Path) -> Source:
     """Raises: LatmixError: no run, or a run whose tensors are damaged, missing or of other shapes than it says."""
     if not is_run(path):
-        raise LatmixError(f"'{path}' is not a run directory; make one with latmix quantize MODEL --out RUN.")
+        raise InputError(f"'{path}' is not a run directory; make one with latmix quantize MODEL --out RUN.")
     recipe, arch = recipes.find(str(path / RECIPE)), read_arch(path)
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
@@ -79,7 +79,7 @@ def open_run(path: Path) -> Source:
     for name in arch.linears:
         key = f"{prefix}{name}{PACKED}"
         if key not in shapes:
-            raise LatmixError(f"The run '{path}' lacks the tensor '{key}'.")
+            raise DamagedError(f"The run '{path}' lacks the tensor '{key}'.")
         widths[name] = shapes[key][-1] * 8 // weights.element.bits
     layout = Layout(
         arch, weights, activations, widths, _biases(arch, shapes), recipe.online, sliding=sliding(config.to_dict())
@@ -106,9 +106,9 @@ def _tensors(path: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
                 for name in opened.keys():  # noqa: SIM118  (no mapping)
                     files[name], shapes[name] = file, tuple(opened.get_slice(name).get_shape())
         except (OSError, SafetensorError) as error:
-            raise LatmixError(f"'{file}' is cut short or damaged: {error}.") from error
+            raise DamagedError(f"'{file}' is cut short or damaged: {error}.") from error
     if not files:
-        raise LatmixError(f"The run '{path}' holds no quantized*.safetensors.")
+        raise DamagedError(f"The run '{path}' holds no quantized*.safetensors.")
     return files, shapes
 
 
@@ -119,16 +119,16 @@ def _check(source: Source) -> None:
     for path in source.linears():
         for key in (path + PACKED, path + SCALE):
             if key not in source.shapes:
-                raise LatmixError(f"The run '{source.path}' lacks the tensor '{key}'.")
+                raise DamagedError(f"The run '{source.path}' lacks the tensor '{key}'.")
         (rows, width), scales = source.shapes[path + PACKED], source.shapes[path + SCALE]
         if scales != (rows, -(-(width * 8 // bits) // block)):
-            raise LatmixError(f"The scales of '{path}' are {scales}, which does not fit its codes.")
+            raise DamagedError(f"The scales of '{path}' are {scales}, which does not fit its codes.")
         known |= {path + PACKED, path + SCALE, f"{path}.weight_global_scale", f"{path}.bias"}
     for name in (f"{source.arch.embedding}.weight", f"{source.arch.head}.weight"):
         if name not in source.shapes:
-            raise LatmixError(f"The run '{source.path}' lacks the tensor '{name}'.")
+            raise DamagedError(f"The run '{source.path}' lacks the tensor '{name}'.")
     if strange := [name for name in source.shapes if name not in known and "norm" not in name]:
-        raise LatmixError(f"The run '{source.path}' holds '{strange[0]}', which no export knows.")
+        raise DamagedError(f"The run '{source.path}' holds '{strange[0]}', which no export knows.")
 
 
 def zeros(rows: int) -> Tensor:

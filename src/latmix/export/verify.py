@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import FailedError, InputError, UnavailableError
 from latmix.export import card, fingerprint
 from latmix.export.engines import run_transformers
 from latmix.export.fingerprint import Fingerprint, following
@@ -70,7 +70,7 @@ def verify(folder: Path, engine: str | None = None, python: str | None = None) -
     engines: list[str] = manifest["engines"]
     engine = engine or engines[0]
     if engine not in engines:
-        raise LatmixError(f"The engine '{engine}' cannot serve '{folder}'; choose from {', '.join(engines)}.")
+        raise InputError(f"The engine '{engine}' cannot serve '{folder}'; choose from {', '.join(engines)}.")
     expected = fingerprint.read(folder)
     answer = ask(folder, engine, expected.request, python)
     verdict = judge(expected, answer, engine)
@@ -90,7 +90,7 @@ def ask(folder: Path, engine: str, request: dict[str, Any], python: str | None) 
     Raises: LatmixError: the engine is not installed, or it failed; the end of what it said.
     """
     if python is None and not installed(engine):
-        raise LatmixError(
+        raise UnavailableError(
             f"'{MODULES[engine]}' is not installed here; scripts/engines.sh makes an environment for it: "
             "give its interpreter with --python."
         )
@@ -114,10 +114,10 @@ def _run(command: list[str], question: Path, answer: Path) -> None:
             [*command, str(question), str(answer)], capture_output=True, text=True, env=environment, cwd=answer.parent
         )
     except OSError as error:
-        raise LatmixError(f"'{command[0]}' cannot be started: {error.strerror}.") from error
+        raise UnavailableError(f"'{command[0]}' cannot be started: {error.strerror}.") from error
     if done.returncode or not answer.exists():
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-        raise LatmixError(f"'{Path(command[1]).name}' failed (exit code {done.returncode}):\n{said}")
+        raise FailedError(f"'{Path(command[1]).name}' failed (exit code {done.returncode}):\n{said}")
 
 
 def judge(expected: Fingerprint, answer: dict[str, np.ndarray], engine: str) -> Verdict:

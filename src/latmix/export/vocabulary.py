@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.rundir import read_json
 
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,7 +56,7 @@ def splitting_rule(tokenizer: dict[str, Any]) -> str:
             return "gpt-2"
         if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") in SPLITS:
             return SPLITS[parts[0]["pattern"]["Regex"]]
-    raise LatmixError(
+    raise InputError(
         f"The tokenizer ({tokenizer['model'].get('type')}, {json.dumps(kinds)}) is not written to GGUF; known: "
         "byte-level BPE that splits words as GPT-2, Llama 3 or Qwen2 do."
     )

@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from transformers import PreTrainedModel
 
 from latmix.archs import Arch
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.model.parts import layers, linear
 from latmix.numerics import Quantized, decode_scales, encode, neighbours
 
@@ -111,7 +111,7 @@ def free(
     Raises: LatmixError: an unknown part or input; lists the known.
     """
     if unknown := [part for part in kept if part not in KEPT]:
-        raise LatmixError(f"Unknown part '{unknown[0]}' in tuning.kept; known: {', '.join(KEPT)}.")
+        raise InputError(f"Unknown part '{unknown[0]}' in tuning.kept; known: {', '.join(KEPT)}.")
     parameters: dict[str, nn.Parameter] = {}
     for part in kept:
         for owner in _owners(model, arch, part):

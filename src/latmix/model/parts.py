@@ -3,7 +3,7 @@
 from torch import nn
 
 from latmix.archs import Arch
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 
 
 def layers(model: nn.Module, arch: Arch) -> list[nn.Module]:
@@ -15,5 +15,5 @@ def linear(owner: nn.Module, path: str) -> nn.Linear:
     """Raises: LatmixError: something else stands there."""
     found = owner.get_submodule(path)
     if not isinstance(found, nn.Linear):
-        raise LatmixError(f"'{path}' is a {type(found).__name__}, not a linear; is something attached already?")
+        raise InputError(f"'{path}' is a {type(found).__name__}, not a linear; is something attached already?")
     return found

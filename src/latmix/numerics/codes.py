@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError, FailedError, InputError
 from latmix.numerics.fakequant import scaled_elements
 from latmix.numerics.formats import BlockFormat, Element, parse_format
 from latmix.numerics.scales import (
@@ -61,11 +61,11 @@ def encode(
         tensor_scale = choose_tensor_scale(x, fmt) if tensor_scale is None else tensor_scale
         scales = choose_scales(x, fmt, tensor_scale=tensor_scale)
     elif tensor_scale is None and fmt.scale_element != "e8m0":
-        raise LatmixError(f"{fmt} with given scales needs the tensor_scale that they were chosen under.")
+        raise InputError(f"{fmt} with given scales needs the tensor_scale that they were chosen under.")
     scale_codes = encode_scales(scales, fmt, tensor_scale)
     elements = scaled_elements(x, scales, fmt)
     if torch.any(elements.amax(-1).isnan() & ~scales.isnan()):
-        raise LatmixError(f"NaN in a block of {fmt} whose scale was given as a number; a NaN scale marks such a block.")
+        raise FailedError(f"NaN in a block of {fmt} whose scale was given as a number; a NaN scale marks such a block.")
     codes = from_blocks(_element_codes(elements.nan_to_num_(nan=0.0), fmt.element), x.shape[-1])
     return Quantized(codes, scale_codes, tensor_scale, fmt, x.dtype)
 
@@ -121,7 +121,7 @@ def pack(codes: UInt8[Tensor, "*batch n"], bits: int) -> UInt8[Tensor, "*batch b
         LatmixError: another width.
     """
     if bits not in (4, 6, 8):
-        raise LatmixError(f"Cannot pack codes of {bits} bits; known: 4, 6, 8.")
+        raise InputError(f"Cannot pack codes of {bits} bits; known: 4, 6, 8.")
     return _regroup(codes, bits, 8)[..., : math.ceil(codes.shape[-1] * bits / 8)].contiguous()
 
 
@@ -132,9 +132,9 @@ def unpack(packed: UInt8[Tensor, "*batch bytes"], bits: int, n: int) -> UInt8[Te
         LatmixError: another width, or rows of another length than `n` codes take.
     """
     if bits not in (4, 6, 8):
-        raise LatmixError(f"Cannot unpack codes of {bits} bits; known: 4, 6, 8.")
+        raise InputError(f"Cannot unpack codes of {bits} bits; known: 4, 6, 8.")
     if packed.shape[-1] != math.ceil(n * bits / 8):
-        raise LatmixError(f"{n} codes of {bits} bits take {math.ceil(n * bits / 8)} bytes, not {packed.shape[-1]}.")
+        raise DamagedError(f"{n} codes of {bits} bits take {math.ceil(n * bits / 8)} bytes, not {packed.shape[-1]}.")
     return _regroup(packed, 8, bits)[..., :n].contiguous()
 
 

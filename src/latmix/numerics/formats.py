@@ -15,7 +15,7 @@ Source of the grids: OCP Microscaling Formats (MX) v1.0, sections 5.3 and 5.4; N
 import dataclasses
 import math
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.registry import Registry, parse_spec
 
 ROUNDINGS = ("even", "away")
@@ -115,9 +115,9 @@ class BlockFormat:
         choices["scale"] = SCALE_RULES.get(self.scale_element, ())
         for key, known in choices.items():
             if getattr(self, key) not in known:
-                raise LatmixError(f"{self.name}: unknown {key} '{getattr(self, key)}'; known: {', '.join(known)}.")
+                raise InputError(f"{self.name}: unknown {key} '{getattr(self, key)}'; known: {', '.join(known)}.")
         if self.block < 1:
-            raise LatmixError(f"{self.name}: block is {self.block}; it must be a positive integer.")
+            raise InputError(f"{self.name}: block is {self.block}; it must be a positive integer.")
 
     def __str__(self) -> str:
         default = FORMATS[self.name]
@@ -182,9 +182,9 @@ def parse_format(text: str | BlockFormat) -> BlockFormat:
     changes: dict[str, str | int] = dict(properties)
     for key, value in properties.items():
         if key not in _KEYS:
-            raise LatmixError(f"{name}: unknown property '{key}'; known: {', '.join(_KEYS)}.")
+            raise InputError(f"{name}: unknown property '{key}'; known: {', '.join(_KEYS)}.")
         if key == "block":
             if not (value.isascii() and value.isdigit()):
-                raise LatmixError(f"{name}: block is '{value}'; it must be a positive integer.")
+                raise InputError(f"{name}: block is '{value}'; it must be a positive integer.")
             changes[key] = int(value)
     return dataclasses.replace(FORMATS[name], **changes)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.numerics.formats import Element
 
 _EXPONENT_FIELD = {torch.float32: (torch.int32, 0x7F80_0000), torch.float64: (torch.int64, 0x7FF0_0000_0000_0000)}
@@ -28,7 +28,7 @@ def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         LatmixError: any other dtype (float16 cannot hold the range of the scales).
     """
     if x.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        raise LatmixError(f"Cannot quantize {x.dtype}; known: float32, bfloat16, float64.")
+        raise InputError(f"Cannot quantize {x.dtype}; known: float32, bfloat16, float64.")
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -75,5 +75,5 @@ def round_to_element(x: Float[Tensor, "*shape"], element: Element, rounding: str
         LatmixError: an unknown rounding or dtype.
     """
     if rounding not in _ROUND:
-        raise LatmixError(f"Unknown rounding '{rounding}'; known: {', '.join(_ROUND)}.")
+        raise InputError(f"Unknown rounding '{rounding}'; known: {', '.join(_ROUND)}.")
     return round_to_element_(widen(x).clone(), element, rounding).to(x.dtype)

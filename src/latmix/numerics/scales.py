@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.numerics.formats import ELEMENTS, SCALE_RULES, BlockFormat, Element, parse_format
 from latmix.numerics.rounding import power_of_two_below, round_to_element, round_to_element_, widen
 
@@ -167,7 +167,7 @@ def encode_scales(
     codes = torch.searchsorted(grid, steps).to(torch.uint8)  # NaN sorts behind the grid: the NaN byte
     if not torch.equal(decode_scales(codes, fmt, tensor_scale, scales.dtype).nan_to_num(), scales.nan_to_num()):
         kind = "powers of two from 2^-127 to 2^127" if fmt.scale_element == "e8m0" else "E4M3 times the tensor scale"
-        raise LatmixError(f"Scales off the grid of {fmt}: they must be {kind}.")
+        raise InputError(f"Scales off the grid of {fmt}: they must be {kind}.")
     return codes
 
 

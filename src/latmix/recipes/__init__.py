@@ -7,7 +7,7 @@ its initial value alone, in closed form (the form says so), `layerwise`, or by `
 
 from pathlib import Path
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.recipe import Recipe, from_json
 
 # In the order of the table.
@@ -34,8 +34,8 @@ def find(name_or_file: str | Recipe) -> Recipe:
         try:
             return from_json(path.read_text("utf-8"))
         except UnicodeDecodeError as error:
-            raise LatmixError(f"The recipe file '{path}' is not UTF-8 text.") from error
-    raise LatmixError(f"Unknown recipe '{name_or_file}'; known: {', '.join(RECIPES)}, or a JSON file.")
+            raise InputError(f"The recipe file '{path}' is not UTF-8 text.") from error
+    raise InputError(f"Unknown recipe '{name_or_file}'; known: {', '.join(RECIPES)}, or a JSON file.")
 
 
 __all__ = ["RECIPES", "affine", "find", "online", "plain", "preset", "rotations"]

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.registry import Registry
 
 Map = Callable[[Tensor], Tensor]  # on the last dimension
@@ -43,7 +43,7 @@ class Transform(nn.Module, ABC):
     def __init__(self, size: int, orthogonal: bool) -> None:
         super().__init__()
         if size < 1:
-            raise LatmixError(f"{type(self).__name__} of size {size}: the size must be positive.")
+            raise InputError(f"{type(self).__name__} of size {size}: the size must be positive.")
         self.size = size
         self.orthogonal = orthogonal
 
@@ -112,7 +112,7 @@ class Transform(nn.Module, ABC):
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.size:
-            raise LatmixError(f"{type(self).__name__} of size {self.size} got a tensor of shape {tuple(x.shape)}.")
+            raise InputError(f"{type(self).__name__} of size {self.size} got a tensor of shape {tuple(x.shape)}.")
         return x
 
 
@@ -129,7 +129,7 @@ class Dense(Transform):
 
     def __init__(self, initial: Tensor, orthogonal: bool) -> None:
         if initial.ndim != 2 or initial.shape[0] != initial.shape[1]:
-            raise LatmixError(f"{type(self).__name__} starts from a square matrix, got shape {tuple(initial.shape)}.")
+            raise InputError(f"{type(self).__name__} starts from a square matrix, got shape {tuple(initial.shape)}.")
         super().__init__(initial.shape[0], orthogonal)
         self._shared: tuple[Tensor, Tensor] | None = None
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.transforms.base import Map, Transform
 
 
@@ -25,7 +25,7 @@ class Block(Transform):
 
     def __init__(self, parts: Sequence[Transform]) -> None:
         if not parts:
-            raise LatmixError("Block needs at least one part.")
+            raise InputError("Block needs at least one part.")
         super().__init__(sum(part.size for part in parts), all(part.orthogonal for part in parts))
         self.parts: Sequence[Transform] = nn.ModuleList(parts)  # type: ignore[assignment]  # is not generic
         self.sizes = [part.size for part in parts]
@@ -72,7 +72,7 @@ class Repeat(Transform):
 
     def __init__(self, inner: Transform, repeat: int, heads: int = 1) -> None:
         if heads < 1 or inner.size % heads:
-            raise LatmixError(f"Repeat: {heads} heads do not divide the inner size {inner.size}.")
+            raise InputError(f"Repeat: {heads} heads do not divide the inner size {inner.size}.")
         super().__init__(inner.size * repeat, inner.orthogonal)
         self.inner = inner
         self.repeat = repeat

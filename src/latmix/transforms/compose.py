@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.transforms.base import Transform
 
 
@@ -20,7 +20,7 @@ class Compose(Transform):
     def __init__(self, parts: Sequence[Transform]) -> None:
         sizes = [part.size for part in parts]
         if len(set(sizes)) != 1:
-            raise LatmixError(f"Compose needs parts of one size, got sizes {sizes}.")
+            raise InputError(f"Compose needs parts of one size, got sizes {sizes}.")
         super().__init__(sizes[0], all(part.orthogonal for part in parts))
         self.parts: Sequence[Transform] = nn.ModuleList(parts)  # type: ignore[assignment]  # is not generic
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.transforms.base import TRANSFORMS, Transform
 
 
@@ -28,7 +28,7 @@ class Diagonal(Transform):
         super().__init__(len(initial), orthogonal=False)
         magnitude = initial.detach().abs()
         if not (magnitude.isfinite().all() and magnitude.min() > torch.finfo(initial.dtype).eps * magnitude.max()):
-            raise LatmixError(
+            raise InputError(
                 f"Singular start: |s| spans {float(magnitude.min()):.1e} … {float(magnitude.max()):.1e}; "
                 "start from an invertible map."
             )

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.transforms.base import TRANSFORMS, Transform
 
 RADIX = 64
@@ -40,7 +40,7 @@ class Hadamard(Transform):
     def __init__(self, size: int, block: int | None = None, signs_seed: int | None = None) -> None:
         super().__init__(size, orthogonal=True)
         if block is not None and (block < 1 or block & (block - 1)):
-            raise LatmixError(f"Hadamard block {block}: choose a power of two.")
+            raise InputError(f"Hadamard block {block}: choose a power of two.")
         order = size & -size if block is None else block  # size & -size: the lowest set bit
         tail = size % order
         powers = [1 << bit for bit in reversed(range(tail.bit_length())) if tail >> bit & 1]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.transforms.base import TRANSFORMS, Map, Transform
 from latmix.transforms.initial import initial_matrix
 from latmix.transforms.lu import LU
@@ -25,7 +25,7 @@ class Kronecker(Transform):
 
     def __init__(self, left: Transform, right: Transform) -> None:
         if left.shift is not None or right.shift is not None:
-            raise LatmixError("Kronecker takes linear factors; put Affine around the product.")
+            raise InputError("Kronecker takes linear factors; put Affine around the product.")
         super().__init__(left.size * right.size, left.orthogonal and right.orthogonal)
         self.left = left
         self.right = right

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.transforms.base import TRANSFORMS, Dense, identity
 from latmix.transforms.initial import initial_matrix
 
@@ -35,7 +35,7 @@ class Rotation(Dense):
         initial = initial.detach()
         defect = float((initial.T @ initial - identity(self.size, initial)).abs().max())
         if not defect <= 1e-4:
-            raise LatmixError(f"Rotation starts from an orthogonal matrix, got AᵀA − I as large as {defect:.1e}.")
+            raise InputError(f"Rotation starts from an orthogonal matrix, got AᵀA − I as large as {defect:.1e}.")
         self.generator = nn.Parameter(torch.zeros_like(initial))
         self.register_buffer("initial", initial.clone())
 

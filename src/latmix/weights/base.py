@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.numerics import BlockFormat, Quantized, decode
 from latmix.registry import Registry, parse_spec
 
@@ -58,7 +58,7 @@ def parse_quantizer(text: str) -> WeightQuantizer:
     settings = {}
     for key, value in properties.items():
         if key not in types:
-            raise LatmixError(f"{name}: unknown setting '{key}'; known: {', '.join(types) or 'none'}.")
+            raise InputError(f"{name}: unknown setting '{key}'; known: {', '.join(types) or 'none'}.")
         settings[key] = _value(value, types[key], f"{name}: {key}")
     return quantizer(**settings)
 
@@ -66,12 +66,12 @@ def parse_quantizer(text: str) -> WeightQuantizer:
 def _value(text: str, kind: object, key: str) -> bool | int | float:
     if kind is bool:
         if text not in ("true", "false"):
-            raise LatmixError(f"{key} is '{text}'; it must be true or false.")
+            raise InputError(f"{key} is '{text}'; it must be true or false.")
         return text == "true"
     try:
         return int(text) if kind is int else float(text)
     except ValueError as error:
-        raise LatmixError(f"{key} is '{text}'; it must be {'an integer' if kind is int else 'a number'}.") from error
+        raise InputError(f"{key} is '{text}'; it must be {'an integer' if kind is int else 'a number'}.") from error
 
 
 @torch.no_grad()

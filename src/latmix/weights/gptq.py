@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import FailedError, InputError
 from latmix.numerics import BlockFormat, Quantized, choose_scales, choose_tensor_scale, encode, round_to_element
 from latmix.numerics.rounding import widen
 from latmix.weights.base import WEIGHT_QUANTIZERS, WeightQuantizer
@@ -63,16 +63,16 @@ class GPTQ(WeightQuantizer):
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= DAMPING_LIMIT:
-            raise LatmixError(f"gptq: damping is {self.damping}; it must be above 0 and at most {DAMPING_LIMIT}.")
+            raise InputError(f"gptq: damping is {self.damping}; it must be above 0 and at most {DAMPING_LIMIT}.")
         if self.columns < 1:
-            raise LatmixError(f"gptq: columns is {self.columns}; it must be a positive integer.")
+            raise InputError(f"gptq: columns is {self.columns}; it must be a positive integer.")
 
     @torch.no_grad()
     def __call__(
         self, weight: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"] | None, format: BlockFormat
     ) -> Quantized:
         if hessian is None:
-            raise LatmixError("gptq needs the Hessian of the weight's inputs; rtn needs none.")
+            raise InputError("gptq needs the Hessian of the weight's inputs; rtn needs none.")
         wide, hessian = widen(weight), hessian.to(weight.device)
         _check(wide, hessian)
         diagonal = hessian.diagonal()
@@ -92,11 +92,11 @@ class GPTQ(WeightQuantizer):
 def _check(weight: Tensor, hessian: Tensor) -> None:
     n = weight.shape[-1]
     if hessian.shape != (n, n):
-        raise LatmixError(f"gptq: the Hessian is {tuple(hessian.shape)}; a weight of {n} inputs needs ({n}, {n}).")
+        raise InputError(f"gptq: the Hessian is {tuple(hessian.shape)}; a weight of {n} inputs needs ({n}, {n}).")
     if not hessian.isfinite().all():
-        raise LatmixError("gptq: the Hessian holds NaN or Inf; the calibration activations overflowed.")
+        raise FailedError("gptq: the Hessian holds NaN or Inf; the calibration activations overflowed.")
     if not weight.isfinite().all():
-        raise LatmixError("gptq: the weight holds NaN or Inf.")
+        raise FailedError("gptq: the weight holds NaN or Inf.")
 
 
 def _unit(diagonal: Float[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -122,7 +122,7 @@ def _feedback(hessian: Float[Tensor, "n n"], order: Int[Tensor, " n"], damping: 
             backwards: Tensor = factor.div_(factor.diagonal().clone())
             return backwards.flip(0, 1).t()
         grown *= 10
-    raise LatmixError(f"gptq: the Hessian is not positive definite, even with damping grown to {DAMPING_LIMIT:g}.")
+    raise FailedError(f"gptq: the Hessian is not positive definite, even with damping grown to {DAMPING_LIMIT:g}.")
 
 
 def _round_columns(
