@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
+import latmix
 from latmix.comparison import plan, results, table
 from latmix.comparison.plan import FULL_PRECISION, Cell, Measures
+from latmix.comparison.seeds import seeded
 from latmix.errors import LatmixError
 from latmix.recipe import override
-from latmix.recipes import find
-from tests.test_pipeline import FAST, save_tiny
+from latmix.recipes import RECIPES, find
+from tests.test_pipeline import FAST, save_tiny, settings
 from tests.texts import CALIBRATION, OTHER
 
 TIMING = ("seconds", "peak_bytes")
@@ -88,7 +91,7 @@ def test_killed_and_started_again_gives_the_same_table_and_a_failure_stops_nothi
 
 def test_a_cell_is_named_by_everything_that_decides_it(model: Path, tmp_path: Path) -> None:
     def folders(text: Path = OTHER, calibration: Path = CALIBRATION, **settings: str) -> list[str]:
-        made = plan.cells(model, ["rtn", "gptq"], tmp_path, 2, calibration, Measures(str(text)), settings)
+        made = plan.cells(model, ["quarot-rtn", "quarot"], tmp_path, 2, calibration, Measures(str(text)), settings)
         return [cell.folder for cell in made]
 
     plain = folders()
@@ -100,6 +103,23 @@ def test_a_cell_is_named_by_everything_that_decides_it(model: Path, tmp_path: Pa
     assert Cell.from_json(one.to_json()) == one
     with pytest.raises(LatmixError, match="Two recipes are called 'gptq'"):
         plan.cells(model, ["gptq", "gptq"], tmp_path, 1, CALIBRATION, Measures(str(OTHER)), {})
+
+
+NOT_RANDOM = {"rtn", "gptq", "block-hadamard", "mr-gptq", "wush"}
+
+
+def test_a_recipe_without_anything_random_is_computed_once(model: Path, tmp_path: Path) -> None:
+    assert {name for name in RECIPES if not seeded(find(name))} == NOT_RANDOM
+    assert seeded(override(find("block-hadamard"), {"folded.values": "rotation:init=random-rotation"}))
+    made = plan.cells(model, ["gptq", "quarot"], tmp_path, 3, CALIBRATION, Measures(str(OTHER)), {})
+    assert [(cell.name, cell.seed) for cell in made[1:]] == [("gptq", 0), *(("quarot", seed) for seed in range(3))]
+
+
+@pytest.mark.parametrize("name", [*sorted(NOT_RANDOM), "quarot-rtn"])
+def test_a_seed_changes_what_it_is_said_to_change(name: str, model: Path, tmp_path: Path) -> None:
+    runs = [latmix.quantize(model, tmp_path / f"{seed}", name, CALIBRATION, seed, settings(name)) for seed in (0, 1)]
+    one, other = (load_file(run.path / "quantized.safetensors") for run in runs)
+    assert seeded(find(name)) != all(tensor.equal(other[key]) for key, tensor in one.items())
 
 
 def test_settings_go_to_the_recipes_that_have_the_part() -> None:

@@ -78,7 +78,9 @@ def _words(text: str) -> list[str]:
 
 def _head(seeds: int) -> str:
     """What the table's figures are, on what, and the command that makes them again."""
-    over = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "Mean (95 % interval over windows)"
+    once = "Mean (95 % interval over windows)"
+    several = f"Mean ± standard deviation over {seeds} seeds; where nothing is random, {once.lower()}"
+    over = several if seeds > 1 else once
     machine = f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     command = shlex.join(["latmix", *sys.argv[1:]])
     return f"""{over}, on text no recipe saw. KL in nats per token to full precision,

@@ -62,6 +62,8 @@ def compare(
 ) -> list[Row]:
     """Run or resume the recipes on `model`, seeds 0 … seeds − 1, and write table.md, table.csv and table.json to `out`.
 
+    A recipe in which nothing is random is computed once.
+
     Args:
         names: presets or JSON files.
         window: tokens in a window, of calibration and evaluation alike; each one's own default unless given.

@@ -1,4 +1,4 @@
-"""What a comparison consists of: one cell for each recipe and seed, and one for full precision.
+"""What a comparison consists of: one cell for each recipe and seed that matters to it, and one for full precision.
 
 A cell's folder is named after its recipe, its seed and a digest of everything that decides what comes out of it: the
 model's tensors, the calibration text, the recipe. So a finished cell can be recognised without a ledger that could be
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from latmix import recipes
+from latmix.comparison.seeds import seeded
 from latmix.errors import InputError
 from latmix.recipe import Recipe, from_json, override
 from latmix.rundir import write_text
@@ -104,7 +105,8 @@ def cells(
     measures: Measures,
     settings: Mapping[str, str],
 ) -> list[Cell]:
-    """Full precision first, then recipe by recipe. Cost: reads the model's tensors and both texts once, to hash them.
+    """Full precision first, then recipe by recipe, a single seed where nothing is random. Cost: reads the model's
+    tensors and both texts once, to hash them.
 
     Raises: LatmixError: an unknown recipe or setting, two recipes of one name, a text or model that cannot be read.
     """
@@ -116,7 +118,8 @@ def cells(
     for recipe in (adapted(recipes.find(name), settings) for name in names):
         if any(recipe.name == name for name, _, _ in planned):
             raise InputError(f"Two recipes are called '{recipe.name}'; a row of the table needs a name of its own.")
-        planned += [(recipe.name, seed, dataclasses.replace(recipe, seed=seed)) for seed in range(seeds)]
+        different = range(seeds if seeded(recipe) else 1)
+        planned += [(recipe.name, seed, dataclasses.replace(recipe, seed=seed)) for seed in different]
     return [
         Cell(
             name=name,
