@@ -23,7 +23,6 @@ from latmix.transforms import (
     evaluated_once,
     initial_matrix,
 )
-from latmix.transforms.base import Dense
 
 START = initial_matrix("random-rotation", 4, seed=1)
 
@@ -54,6 +53,9 @@ CASES |= {
     "block": lambda: Block([LU(START), Affine(Diagonal(-torch.ones(3))), Hadamard(5, 4)]),
     "orthogonal block": lambda: Block([Rotation(START), Hadamard(8, signs_seed=1)]),
     "shared block": lambda: Repeat(Affine(QR(START)), repeat=3),
+    "alike parts": lambda: Block(
+        [*(LU(START) for _ in range(3)), QR(START), QR(START), Rotation(START), Rotation(START)]
+    ),
     "grouped queries": lambda: Repeat(per_head(), repeat=3, heads=2),
     "compose": lambda: Compose([Affine(LU(START)), Hadamard(4, signs_seed=0), Affine(QR(START)), Rotation(START)]),
     "orthogonal compose": lambda: Compose([Hadamard(4, signs_seed=0), Affine(Rotation(START))]),
@@ -126,19 +128,26 @@ def test_evaluated_once_changes_no_value_and_no_gradient(transform: Transform) -
     torch.testing.assert_close(actual, expected)
 
 
+def counting(build: Callable[..., object], name: str, built: list[tuple[str, int]]) -> Callable[..., object]:
+    def counted(*factors: Tensor) -> object:
+        built.append((name, len(factors[0])))
+        return build(*factors)
+
+    return counted
+
+
 def test_evaluated_once_builds_once_and_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    transform = randomised(Block([QR(START), LU(START)]))
-    dense = [module for module in transform.modules() if isinstance(module, Dense)]
-    built: list[Dense] = []
-    for cls in (QR, LU, Rotation):
-        monkeypatch.setattr(cls, "_dense", lambda self, build=cls._dense: (built.append(self), build(self))[1])
+    transform = randomised(Block([QR(START), LU(START), LU(START), LU(torch.eye(3))]))
+    built: list[tuple[str, int]] = []
+    for cls in (QR, LU):
+        monkeypatch.setattr(cls, "build", staticmethod(counting(cls.build, cls.__name__, built)))
     before = transform.matrix()
     built.clear()
     with pytest.raises(KeyError), evaluated_once(transform):
         with evaluated_once(transform):
             transform.matrix()
         transform.solve(before)
-        assert sorted(map(id, built)) == sorted(map(id, dense))
+        assert sorted(built) == [("LU", 1), ("LU", 2), ("QR", 1)]  # maps of one form and size in one batch
         raise KeyError
     for parameter in transform.parameters():
         parameter.data += 0.1

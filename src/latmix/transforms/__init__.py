@@ -1,10 +1,11 @@
 """Invertible affine maps of activations: the building blocks (see `base`), their registry, and where they start."""
 
 from latmix.transforms.affine import Affine
-from latmix.transforms.base import TRANSFORMS, Transform, evaluated_once
+from latmix.transforms.base import TRANSFORMS, Transform
 from latmix.transforms.block import Block, Repeat
 from latmix.transforms.block_rotation import BlockRotation
 from latmix.transforms.compose import Compose
+from latmix.transforms.dense import evaluated_once
 from latmix.transforms.diagonal import Diagonal
 from latmix.transforms.hadamard import Hadamard
 from latmix.transforms.initial import INITIALS, initial_matrix

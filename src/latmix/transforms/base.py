@@ -8,14 +8,10 @@ the last dimension, so a weight can stand where a batch of vectors stands: for a
 
 Matrices are cast to the dtype of what they are applied to, so one map serves bf16 activations and a float64 fold;
 the parameters stay in float32 or float64. `.double()` before a fold makes every law hold to float64 precision.
-
-Given up: caching by default. A dense map (LU, QR, rotation) rebuilds its matrices at every call, which is slow and
-never stale; `evaluated_once` is the one place where they are shared, and it ends where its `with` block ends.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import chain
 from typing import Protocol, final
 
@@ -119,57 +115,6 @@ class Transform(nn.Module, ABC):
 def identity(size: int, like: Tensor) -> Float[Tensor, "size size"]:
     """I, in the dtype and on the device of `like`."""
     return torch.eye(size, dtype=like.dtype, device=like.device)
-
-
-class Dense(Transform):
-    """A map whose matrix has no structure left to exploit: every application is one matrix product.
-
-    Cost: outside `evaluated_once` each call builds A and A⁻¹, O(n³), before its O(n²) per vector.
-    """
-
-    def __init__(self, initial: Tensor, orthogonal: bool) -> None:
-        if initial.ndim != 2 or initial.shape[0] != initial.shape[1]:
-            raise InputError(f"{type(self).__name__} starts from a square matrix, got shape {tuple(initial.shape)}.")
-        super().__init__(initial.shape[0], orthogonal)
-        self._shared: tuple[Tensor, Tensor] | None = None
-
-    @abstractmethod
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        """(A, A⁻¹) from the parameters as they are now."""
-
-    @final
-    def matrices(self) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
-        """(A, A⁻¹): built anew, or shared inside `evaluated_once`."""
-        return self._dense() if self._shared is None else self._shared
-
-    def _linear(self, x: Tensor) -> Tensor:
-        return x @ self.matrices()[0].T.to(x.dtype)
-
-    def _solve(self, y: Tensor) -> Tensor:
-        return y @ self.matrices()[1].T.to(y.dtype)
-
-    def _transposed_solve(self, w: Tensor) -> Tensor:
-        return w @ self.matrices()[1].to(w.dtype)
-
-
-@contextmanager
-def evaluated_once(module: nn.Module) -> Iterator[None]:
-    """Build the matrices of every dense transform at or below `module` once, here, and share them until the exit.
-
-    The autograd graph is shared too: a second backward pass inside needs `retain_graph`, and gradients flow only if
-    they were enabled at the entry. Parameters must not change inside. Blocks nest; the outermost owns what is shared.
-    (Building here, not at the first use, keeps activation checkpointing right: a recomputed forward meets the same
-    tensors.)
-    """
-    # Children first: QR builds on the shared matrices of its rotation.
-    owned = [m for m in reversed(list(module.modules())) if isinstance(m, Dense) and m._shared is None]
-    try:
-        for dense in owned:
-            dense._shared = dense._dense()
-        yield
-    finally:
-        for dense in owned:
-            dense._shared = None
 
 
 class Builder(Protocol):

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from latmix.transforms.base import TRANSFORMS, Dense
+from latmix.transforms.base import TRANSFORMS
+from latmix.transforms.dense import Dense
 from latmix.transforms.initial import initial_matrix
 from latmix.transforms.rotation import exponential, orthonormal
 
@@ -33,10 +34,14 @@ class BlockRotation(Dense):
         self.register_buffer("initial", initial.detach().clone())
         self.register_buffer("inside", number[:, None] == number, persistent=False)
 
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        skew = torch.where(self.inside, self.generator - self.generator.T, 0) / 2
-        matrix = exponential(skew) @ orthonormal(self.initial)
-        return matrix, matrix.T
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.generator, self.inside, self.initial
+
+    @staticmethod
+    def build(*factors: Tensor) -> tuple[Tensor, Tensor]:
+        generator, inside, initial = factors
+        matrix = exponential(torch.where(inside, generator - generator.mT, 0) / 2) @ orthonormal(initial)
+        return matrix, matrix.mT
 
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.generator.new_zeros(())

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latmix.transforms.base import TRANSFORMS, Dense, identity
+from latmix.transforms.base import TRANSFORMS, identity
+from latmix.transforms.dense import Dense
 from latmix.transforms.diagonal import Diagonal
 from latmix.transforms.initial import initial_matrix
 from latmix.transforms.rotation import orthonormal
@@ -43,14 +44,19 @@ class LU(Dense):
         self.register_buffer("permutation", p.argmax(dim=1))  # P M = M[permutation]
         self.register_buffer("start", q.T.to(initial.dtype).contiguous())
 
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        eye = identity(self.size, self.triangles)
-        lower = self.triangles.tril(-1) + eye
-        upper = self.triangles.triu(1) + self.diagonal.scale.diag()
-        inverse = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.triangles, self.diagonal.scale, self.permutation, self.start
+
+    @staticmethod
+    def build(*factors: Tensor) -> tuple[Tensor, Tensor]:
+        triangles, scale, permutation, start = factors
+        eye = identity(scale.shape[-1], triangles)
+        lower, upper = triangles.tril(-1) + eye, triangles.triu(1) + scale.diag_embed()
+        inverse = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False, unitriangular=True)
         inverse = torch.linalg.solve_triangular(upper, inverse, upper=True)
-        start = orthonormal(self.start)
-        return (lower @ upper)[self.permutation] @ start, start.T @ inverse[:, self.permutation]
+        start = orthonormal(start)
+        matrix = torch.take_along_dim(lower @ upper, permutation.unsqueeze(-1), -2) @ start
+        return matrix, start.mT @ torch.take_along_dim(inverse, permutation.unsqueeze(-2), -1)
 
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.diagonal.logabsdet()

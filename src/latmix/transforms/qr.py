@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from latmix.transforms.base import TRANSFORMS, Dense
+from latmix.transforms.base import TRANSFORMS
+from latmix.transforms.dense import Dense
 from latmix.transforms.diagonal import Diagonal
 from latmix.transforms.initial import initial_matrix
 from latmix.transforms.rotation import Rotation
@@ -34,9 +35,14 @@ class QR(Dense):
         self.upper = nn.Parameter(r.triu(1).to(initial.dtype))
         self.diagonal = Diagonal(r.diagonal()).to(initial.dtype)
 
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        q, q_inverse = self.rotation.matrices()
-        upper = self.upper.triu(1) + self.diagonal.scale.diag()
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.upper, self.diagonal.scale, *self.rotation.factors()
+
+    @staticmethod
+    def build(*factors: Tensor) -> tuple[Tensor, Tensor]:
+        upper, scale, *rotation = factors
+        q, q_inverse = Rotation.build(*rotation)
+        upper = upper.triu(1) + scale.diag_embed()
         return q @ upper, torch.linalg.solve_triangular(upper, q_inverse, upper=True)
 
     def logabsdet(self) -> Float[Tensor, ""]:

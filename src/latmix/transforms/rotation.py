@@ -2,7 +2,7 @@
 
 The exponential is written out, as a polynomial and a few squarings, for the sake of its gradient: the backward pass of
 `torch.linalg.matrix_exp` exponentiates a matrix of twice the size, and for n = 1024 took eleven times the forward pass.
-Given up: the Cayley map, one solve instead of some ten products, which cannot reach a half turn.
+Given up: the Cayley map, one solve instead of some five products, which cannot reach a half turn.
 """
 
 import math
@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from latmix.errors import InputError
-from latmix.transforms.base import TRANSFORMS, Dense, identity
+from latmix.transforms.base import TRANSFORMS, identity
+from latmix.transforms.dense import Dense
 from latmix.transforms.initial import initial_matrix
 
 
@@ -22,7 +23,7 @@ class Rotation(Dense):
     Args:
         initial: A₀, orthogonal (n, n); parameters take its dtype.
 
-    Cost: nine n × n products for A, and one for each doubling of the angle beyond ½ (see `exponential`).
+    Cost: five n × n products for A in float32, and one for each doubling of the angle beyond ¼ (see `exponential`).
 
     Raises:
         LatmixError: `initial` is not square, or not orthogonal to 1e-4.
@@ -39,44 +40,49 @@ class Rotation(Dense):
         self.generator = nn.Parameter(torch.zeros_like(initial))
         self.register_buffer("initial", initial.clone())
 
-    def _dense(self) -> tuple[Tensor, Tensor]:
-        matrix = exponential((self.generator - self.generator.T) / 2) @ orthonormal(self.initial)
-        return matrix, matrix.T
+    def factors(self) -> tuple[Tensor, ...]:
+        return self.generator, self.initial
+
+    @staticmethod
+    def build(*factors: Tensor) -> tuple[Tensor, Tensor]:
+        generator, initial = factors
+        matrix = exponential((generator - generator.mT) / 2) @ orthonormal(initial)
+        return matrix, matrix.mT
 
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.generator.new_zeros(())
 
 
-def exponential(s: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """expm(S) by scaling and squaring: expm(S) = p(S/2ᵏ)^(2ᵏ), to the precision of the dtype.
+def exponential(s: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    """expm(S) of skew S by scaling and squaring: expm(S) = p(S/2ᵏ)^(2ᵏ), to the precision of the dtype.
 
-    p is the Taylor polynomial of degree 16, in powers of S⁴ (Paterson and Stockmeyer): six products. k makes the norm
-    at most ½, where the remainder ½¹⁷/17! ≈ 2e-20 leaves room for the squarings. That norm is ‖S⁴‖₁^¼, hardly above the
-    spectral norm, where ‖S‖₁ may be √n times as large (Al-Mohy and Higham, SIAM J. Matrix Anal. 31, 2009).
+    p is the Taylor polynomial of degree 15, or 7 in float32, in powers of S⁴ (Paterson and Stockmeyer): six products,
+    or four. k makes the norm at most ¼, where the remainders ¼¹⁶/16! ≈ 1e-23 and ¼⁸/8! ≈ 4e-10 leave room for the
+    squarings. That norm is ‖S⁴‖₁^¼, hardly above the spectral norm, where ‖S‖₁ may be √n times as large (Al-Mohy and
+    Higham, SIAM J. Matrix Anal. 31, 2009). One k, the largest, serves the batch.
     """
-    powers = [identity(len(s), s), s, s @ s]
-    powers += [s @ powers[2], powers[2] @ powers[2]]
-    _, exponent = math.frexp(float(powers[4].detach().abs().sum(dim=0).max()) ** 0.25)
-    squarings = max(0, exponent + 1)
-    powers = [power * 2.0 ** (-squarings * k) for k, power in enumerate(powers)]
-
-    def terms(first: int, count: int) -> Tensor:
-        return sum((powers[j] / math.factorial(first + j) for j in range(count)), start=torch.zeros_like(s))
-
-    result = terms(12, 5)
-    for first in (8, 4, 0):
-        result = result @ powers[4] + terms(first, 4)
+    square = s @ s
+    powers, quartic = torch.stack([identity(s.shape[-1], s).expand_as(s), s, square, s @ square]), square @ square
+    _, exponent = math.frexp(float(quartic.detach().abs().sum(dim=-2).max()) ** 0.25)
+    squarings = max(0, exponent + 2)
+    shrink, terms = 2.0**-squarings, 2 if s.dtype == torch.float32 else 4
+    series = [[shrink**j / math.factorial(4 * i + j) for j in range(4)] for i in range(terms)]
+    polynomials: list[Tensor] = list(torch.tensordot(s.new_tensor(series), powers, dims=1))
+    result = polynomials.pop()
+    for polynomial in reversed(polynomials):
+        result = polynomial + result @ (shrink**4 * quartic)
     for _ in range(squarings):
         result = result @ result
     return result
 
 
-def orthonormal(q: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def orthonormal(q: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """One Newton step towards the nearest orthogonal matrix, which squares the defect QᵀQ − I.
 
-    A matrix stored in float32 is orthogonal to 1e-7 only; this lets a float64 fold rely on Q⁻¹ = Qᵀ all the same.
+    A matrix stored in float32 is orthogonal to 1e-7 only; this lets a float64 fold rely on Q⁻¹ = Qᵀ all the same. In
+    float32 itself there is nothing to gain.
     """
-    return q + q @ (identity(len(q), q) - q.T @ q) / 2
+    return q if q.dtype == torch.float32 else q + q @ (identity(q.shape[-1], q) - q.mT @ q) / 2
 
 
 def build_rotation(size: int, init: str, block: int, seed: int) -> Rotation:
