@@ -337,5 +337,6 @@ def test_fit_leaves_recipes_without_a_target_alone_and_is_idempotent(runs: Runs)
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_the_readme_serves_as_the_export_says(target: str) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
-    assert exports.EXPORTS[target].serve(Path("served")) in readme
+    served = exports.EXPORTS[target].serve(Path("served"), "mxfp4:scale=even")
+    assert served in readme
     assert set(exports.EXPORTS) == set(TARGETS)

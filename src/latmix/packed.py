@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
         self,
         shape: tuple[int, int],
         weights: BlockFormat,
-        activations: BlockFormat,
+        activations: BlockFormat | None,
         online: Transform | None,
         bias: torch.dtype | None,
     ) -> None:
@@ -66,7 +66,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch out"]:
         if self.online is not None:
             x = self.online(x)
-        return F.linear(fake_quant(x, self.activations), self.decoded(x.dtype), self.bias)
+        x = x if self.activations is None else fake_quant(x, self.activations)
+        return F.linear(x, self.decoded(x.dtype), self.bias)
 
     def decoded(self, dtype: torch.dtype) -> Float[Tensor, "out n"]:
         codes = unpack(self.weight_packed, self.weights.element.bits, self.in_features)
@@ -82,7 +83,7 @@ class LatmixConfig(QuantizationConfigMixin):
 
     Args:
         version: of this layout.
-        weights, activations: formats as recipes write them.
+        weights, activations: formats as recipes write them; activations None where they are left alone.
         online: input → specification, block and seed of its transform.
         biases: paths of the linears that have one beyond the family's own.
 
@@ -93,7 +94,7 @@ class LatmixConfig(QuantizationConfigMixin):
         self,
         version: int,
         weights: str,
-        activations: str,
+        activations: str | None,
         online: Mapping[str, Mapping[str, Any]],
         biases: list[str],
         quant_method: str = METHOD,

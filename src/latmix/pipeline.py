@@ -33,7 +33,7 @@ from latmix.model.layout import layout_of
 from latmix.model.load import Loaded, load
 from latmix.model.maps import Maps, build_maps, reports
 from latmix.model.parts import layers, linear
-from latmix.numerics import BlockFormat, kernels, parse_format
+from latmix.numerics import kernels, parse_format
 from latmix.progress import Progress
 from latmix.recipe import Recipe, override
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, is_run, new_run, write_json
@@ -114,7 +114,8 @@ def quantize(
             maps.save(folder / TRANSFORMS)
         with stages.stage("measure"):
             scores = score(student, held_out, loaded.model)
-            errors = errors_of_run(loaded, maps, held_out, parse_format(recipe.activations))
+            rounded = parse_format(recipe.activations)
+            errors = errors_of_run(loaded, maps, held_out, rounded) if rounded else {}
         size = size_of(folder, sum(q.codes.numel() for q in quantized.values()))
         summary = {
             "recipe": recipe.digest,
@@ -175,7 +176,7 @@ def restore(path: Path, rounded: bool = True) -> Loaded:
     recipe = recipes.find(str(path / RECIPE))
     activations = parse_format(recipe.activations)
     loaded = checkpoint.restore(path, parse_format(recipe.weights))
-    maps = _maps(loaded, recipe, activations)
+    maps = _maps(loaded, recipe)
     maps.restore(path / TRANSFORMS)
     quantize_inputs(loaded.model, loaded.arch, maps, activations if rounded else None)
     return loaded
@@ -193,7 +194,7 @@ def _transform(
     """Attach, learn and fold: the model to quantize, its inputs rounded; its maps; what they cost in float."""
     activations, weights = parse_format(recipe.activations), parse_format(recipe.weights)
     torch.manual_seed(recipe.seed)
-    student, maps = checkpoint.share(loaded.model), _maps(loaded, recipe, activations)
+    student, maps = checkpoint.share(loaded.model), _maps(loaded, recipe)
     taught_by = recipe.learning or recipe.layerwise
     in_loop = weights if taught_by and taught_by.weights else None
     attached = attach(student, loaded.arch, maps, activations, in_loop)
@@ -209,15 +210,9 @@ def _transform(
     return student, maps, {"before": before, "after": after}
 
 
-def _maps(loaded: Loaded, recipe: Recipe, activations: BlockFormat) -> Maps:
-    maps = build_maps(
-        loaded.arch,
-        loaded.model.config,
-        recipe.folded,
-        recipe.online,
-        block=activations.block,
-        seed=recipe.seed,
-    )
+def _maps(loaded: Loaded, recipe: Recipe) -> Maps:
+    block = (parse_format(recipe.activations) or parse_format(recipe.weights)).block
+    maps = build_maps(loaded.arch, loaded.model.config, recipe.folded, recipe.online, block=block, seed=recipe.seed)
     return maps.to(loaded.model.device)
 
 

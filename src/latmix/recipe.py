@@ -151,6 +151,7 @@ class Recipe:
     Attributes:
         name: which preset this grew from.
         weights, activations: formats of the quantized linears; embedding, norms and head keep full precision.
+            Activations None: they are left alone (W4A16).
         quantizer: the weight quantizer.
         folded: site → transform, folded into the weights; costs nothing at inference. With `shift=full` or
             `shift=layers` (`latmix.model.maps.SHIFTS`) it has a learned shift v, which becomes biases.
@@ -165,7 +166,7 @@ class Recipe:
 
     name: str
     weights: str = "mxfp4:scale=even"
-    activations: str = "mxfp4:scale=even"
+    activations: str | None = "mxfp4:scale=even"
     quantizer: str = "gptq"
     folded: Mapping[str, str] = field(default_factory=dict)
     online: Mapping[str, str] = field(default_factory=dict)

@@ -133,7 +133,7 @@ def _run(record: Record) -> str:
     s, recipe = record.summary, record.recipe
     facts = [
         ["model", s["model"]],
-        ["formats", f"weights {recipe['weights']}, activations {recipe['activations']}"],
+        ["formats", f"weights {recipe['weights']}, activations {recipe['activations'] or 'as they are'}"],
         ["weight quantizer", recipe["quantizer"]],
         ["maps folded", _pairs(recipe["folded"])],
         ["maps at run time", _pairs(recipe["online"])],

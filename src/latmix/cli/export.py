@@ -25,12 +25,14 @@ def export_command(
 ) -> None:
     """Write a run in the format of an engine, and verify it in that engine where it is installed."""
     exports.export(run, to, out)
-    engine = exports.open_export(out)["engines"][0]
+    manifest = exports.open_export(out)
+    engine = manifest["engines"][0]
     if python is not None or exports.installed(engine):
         _report(exports.verify(out, engine, python), out)
     else:
         print(f"Not verified: {engine} is not installed here. Run: latmix verify {out} --python PATH")
-    print(f"Serve it with:\n\n{exports.EXPORTS[to].serve(out)}")
+    command = exports.EXPORTS[to].serve(out, manifest["recipe"]["activations"])
+    print(f"Serve it with:\n\n{command}")
 
 
 @app.command("verify")

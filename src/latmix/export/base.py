@@ -12,12 +12,12 @@ from latmix.registry import Registry
 class Export:
     """Attributes:
     write: fills a folder with everything but the model card and the manifest; resumes what is half done.
-    serve: the exact commands that serve the finished folder.
+    serve: the exact commands that serve the finished folder of a recipe with these activations.
     engines: names of the runners in `latmix.export.engines` that can load it; the first is the default.
     """
 
     write: Callable[[Source, Path], None]
-    serve: Callable[[Path], str]
+    serve: Callable[[Path, str | None], str]
     engines: Callable[[Source], tuple[str, ...]]
 
 

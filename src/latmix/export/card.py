@@ -10,7 +10,7 @@ CARD, VERDICT = "README.md", "verdict.json"
 
 CAVEATS = {
     "compressed-tensors": (
-        "vLLM computes with 4-bit activations on Blackwell GPUs (SM100 and later); older GPUs run the 4-bit weights "
+        "vLLM computes with rounded activations on Blackwell GPUs (SM100 and later); older GPUs run the same weights "
         "with 16-bit activations (Marlin), so their results differ."
     ),
     "transformers": (
@@ -30,14 +30,16 @@ def write(folder: Path, final: Path) -> None:
     served = sum(
         entry["bytes"] for name, entry in manifest["files"].items() if name.endswith((".safetensors", ".gguf"))
     )
+    rounded = f"`{recipe['activations']}` (the scale rule they were learned under)"
+    rounded = rounded if recipe["activations"] else "left alone"
     text = f"""---
 library_name: {"transformers" if target != "gguf" else "gguf"}
-tags: [mxfp4, latmix, {target}]
+tags: [{recipe["weights"].partition(":")[0]}, latmix, {target}]
 ---
 
 Quantized by latmix {manifest["latmix"]} ([method](https://arxiv.org/abs/2602.17681)), recipe `{recipe["name"]}`.
 
-- Weights `{recipe["weights"]}`, activations `{recipe["activations"]}` (the scale rule they were learned under).
+- Weights `{recipe["weights"]}`, activations {rounded}.
 - Embedding, norms, head and biases in bfloat16; the head is untied.
 - Online transforms: {online}. Biases: {", ".join(manifest["biases"]) or "none"}.
 - {served:,} bytes of tensors; {manifest["bf16_bytes"]:,} in bfloat16 with the head untied.
@@ -47,9 +49,9 @@ On held-out calibration text: perplexity {held_out["perplexity"]["mean"]:.3f}, K
 
 ## Serve
 
-    {EXPORTS[target].serve(final).replace(chr(10), chr(10) + "    ")}
+    {EXPORTS[target].serve(final, recipe["activations"]).replace(chr(10), chr(10) + "    ")}
 
-{CAVEATS[target]}{IGNORED if target == "compressed-tensors" and manifest["online"] else ""}
+{_caveats(manifest)}
 
 ## Verified
 
@@ -58,10 +60,20 @@ On held-out calibration text: perplexity {held_out["perplexity"]["mean"]:.3f}, K
     (folder / CARD).write_text(text, "utf-8")
 
 
-IGNORED = """
+A16 = "Without that option vLLM 0.32 rounds activations where the GPU can (Blackwell), whatever the file says."
 
-**Do not load this with transformers:** it ignores `transform_config` without an error and computes nonsense. vLLM
-applies it."""
+IGNORED = (
+    "**Do not load this with transformers:** it ignores `transform_config` without an error and computes nonsense. "
+    "vLLM applies it."
+)
+
+
+def _caveats(manifest: dict[str, Any]) -> str:
+    found = [CAVEATS[manifest["target"]]]
+    if manifest["target"] == "compressed-tensors":
+        found = found if manifest["recipe"]["activations"] else [A16]
+        found += [IGNORED] if manifest["online"] else []
+    return "\n\n".join(found)
 
 
 def _verdicts(folder: Path) -> str:

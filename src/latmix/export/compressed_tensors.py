@@ -1,13 +1,12 @@
-"""compressed-tensors, `mxfp4-pack-quantized`: what stock vLLM loads, and transformers with that package.
+"""compressed-tensors: what stock vLLM loads, and transformers with that package.
 
-The run's packed codes and scale bytes are this format's already and are copied. Added are zero biases where a stock
-model has either all of a group's biases or none, and the online transform as a `transform_config`. A randomised
-Hadamard before down_proj is served as a plain one: its signs fold into the rows of up_proj, whose codes carry a sign
-bit, so nothing is rounded again.
+The run's packed codes and scale bytes are its already and are copied (`schemes` has the names). Added are zero biases
+where a stock model has either all of a group's biases or none, and the online transform as a `transform_config`. A
+randomised Hadamard before down_proj is served as a plain one: its signs fold into the rows of up_proj, whose codes
+carry a sign bit, so nothing is rounded again.
 
 Facts about the format: vLLM divides a stored transform by √size, so the matrix has entries ±1; the same tensor is
-expected at every linear it acts on. vLLM's kernels without 4-bit activations (Marlin, before Blackwell) ignore
-`input_activations`.
+expected at every linear it acts on.
 """
 
 import re
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor
 
 from latmix.export.base import EXPORTS, Export
+from latmix.export.schemes import order_of, quantization_config, renamed, stored
 from latmix.export.shards import Piece, write_shards
 from latmix.export.source import PACKED, Source, zeros
 from latmix.rundir import write_json
 from latmix.targets import ATTENTION, MLP, family
 from latmix.transforms import Hadamard
-
-SIGN_BITS = 0x88  # of the two codes in a byte
 
 
 def write(source: Source, folder: Path) -> None:
@@ -38,9 +36,9 @@ def pieces(source: Source) -> Iterator[Piece]:
     """Every tensor of the checkpoint, in the run's order, then what is added."""
     flips = signs(source)
     for name, shape in source.shapes.items():
-        dtype = torch.uint8 if ".weight_" in name else torch.bfloat16
+        new, dtype = renamed(source, name)
         flip = flips is not None and re.search(r"\.mlp\.up_proj\.(weight_packed|bias)$", name)
-        yield Piece(name, shape, dtype, partial(_flipped if flip else _plain, source, name, flips))
+        yield Piece(new, shape, dtype, partial(_made, source, name, dtype, flips if flip else None))
     yield from missing_biases(source)
     for spot in source.layout.online:
         order = order_of(source, spot)
@@ -50,17 +48,14 @@ def pieces(source: Source) -> Iterator[Piece]:
                 yield Piece(name, (order, order), torch.bfloat16, partial(_sylvester, order))
 
 
-def _plain(source: Source, name: str, flips: Tensor | None) -> Tensor:
-    return source.tensor(name)
-
-
-def _flipped(source: Source, name: str, flips: Tensor | None) -> Tensor:
-    """The tensor with the sign of some rows turned."""
-    assert flips is not None
+def _made(source: Source, name: str, dtype: torch.dtype, flips: Tensor | None) -> Tensor:
+    """The tensor under its new type, the signs of some rows turned."""
     tensor = source.tensor(name)
-    if name.endswith(PACKED):
-        return torch.where(flips.unsqueeze(1), tensor ^ SIGN_BITS, tensor)
-    return torch.where(flips, -tensor, tensor)
+    if flips is not None and name.endswith(PACKED):
+        tensor = torch.where(flips.unsqueeze(1), tensor ^ stored(source).sign, tensor)
+    elif flips is not None:
+        tensor = torch.where(flips, -tensor, tensor)
+    return tensor.view(dtype)
 
 
 def _sylvester(order: int) -> Tensor:
@@ -74,13 +69,6 @@ def signs(source: Source) -> Tensor | None:
     map = source.maps.online("down", 0)
     assert isinstance(map, Hadamard)
     return None if map.signs is None else map.signs < 0
-
-
-def order_of(source: Source, spot: str) -> int:
-    map = source.maps.online(spot, 0)
-    assert isinstance(map, Hadamard)
-    ((order, _),) = map.segments  # a tail would need a width that no multiple of 32 has
-    return order
 
 
 def missing_biases(source: Source) -> Iterator[Piece]:
@@ -116,37 +104,8 @@ def stock_config(source: Source) -> dict[str, Any]:
     }
 
 
-def quantization_config(source: Source) -> dict[str, Any]:
-    scheme = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32}
-    scheme["scale_dtype"] = "torch.uint8"
-    config: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "format": "mxfp4-pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": [source.arch.head],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**scheme, "dynamic": False},
-                "input_activations": {**scheme, "dynamic": True},
-                "output_activations": None,
-                "format": "mxfp4-pack-quantized",
-            }
-        },
-    }
-    if source.layout.online:
-        config["transform_config"] = {"config_groups": {spot: _online(source, spot) for spot in source.layout.online}}
-    return config
-
-
-def _online(source: Source, spot: str) -> dict[str, Any]:
-    targets = [f"re:.*{reader.replace('.', '[.]')}$" for reader in source.arch.input(spot).readers]
-    apply = {"targets": targets, "location": "input", "inverse": False}
-    return {"type": "hadamard", "head_dim": order_of(source, spot), "apply": [apply]}
-
-
-def serve(folder: Path) -> str:
-    return f"vllm serve {folder}"
+def serve(folder: Path, activations: str | None) -> str:
+    return f"vllm serve {folder}" + ("" if activations else " --linear-backend marlin")
 
 
 def engines(source: Source) -> tuple[str, ...]:

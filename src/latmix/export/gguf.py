@@ -150,7 +150,7 @@ def _add_facts(writer: Any, source: Source) -> None:
     writer.add_file_type(38)  # llama.cpp's number for "mostly MXFP4"
 
 
-def serve(folder: Path) -> str:
+def serve(folder: Path, activations: str | None) -> str:
     return f"llama-server --model {folder / NAME}"
 
 

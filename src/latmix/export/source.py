@@ -71,7 +71,8 @@ def open_run(path: Path) -> Source:
     recipe, arch = recipes.find(str(path / RECIPE)), read_arch(path)
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
-    maps = build_maps(arch, config, recipe.folded, recipe.online, block=activations.block, seed=recipe.seed)
+    block = (activations or weights).block
+    maps = build_maps(arch, config, recipe.folded, recipe.online, block=block, seed=recipe.seed)
     maps.restore(path / TRANSFORMS)
     files, shapes = _tensors(path)
     prefix = f"{arch.layers}.0."

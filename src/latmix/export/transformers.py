@@ -48,7 +48,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def quantization_config(source: Source) -> dict[str, Any]:
-    place = {"block": source.layout.activations.block, "seed": source.recipe.seed}
+    place = {"block": source.layout.block, "seed": source.recipe.seed}
     return {
         "quant_method": METHOD,
         "version": VERSION,
@@ -59,7 +59,7 @@ def quantization_config(source: Source) -> dict[str, Any]:
     }
 
 
-def serve(folder: Path) -> str:
+def serve(folder: Path, activations: str | None) -> str:
     return (
         "import latmix, transformers\n\n"
         f'model = transformers.AutoModelForCausalLM.from_pretrained("{folder}")\n'

@@ -14,6 +14,7 @@ Source of the grids: OCP Microscaling Formats (MX) v1.0, sections 5.3 and 5.4; N
 
 import dataclasses
 import math
+from typing import overload
 
 from latmix.errors import InputError
 from latmix.registry import Registry, parse_spec
@@ -170,13 +171,18 @@ for _format in (
     FORMATS.add(_format.name, _format)
 
 
-def parse_format(text: str | BlockFormat) -> BlockFormat:
-    """Read `"name"` or `"name:key=value,..."` with the keys block, scale and rounding; a `BlockFormat` passes through.
+@overload
+def parse_format(text: str | BlockFormat) -> BlockFormat: ...
+@overload
+def parse_format(text: None) -> None: ...
+def parse_format(text: str | BlockFormat | None) -> BlockFormat | None:
+    """Read `"name"` or `"name:key=value,..."` with the keys block, scale and rounding; a `BlockFormat` passes through,
+    and so does None (activations that are left alone).
 
     Raises:
         LatmixError: an unknown name, key or value, or a malformed text; the message lists the choices.
     """
-    if isinstance(text, BlockFormat):
+    if text is None or isinstance(text, BlockFormat):
         return text
     name, properties = parse_spec(text)
     changes: dict[str, str | int] = dict(properties)

@@ -1,8 +1,10 @@
-"""MXFP4 on vLLM's CPU platform, which has no kernel for it: a stand-in for what vLLM does on accelerators.
+"""MXFP4 and MXFP8 on vLLM's CPU platform, which has no kernels for them: a stand-in for what vLLM does on accelerators.
 
 For tests only; no product of ours is needed to serve a checkpoint on a GPU. It shares no code with latmix, so that it
 checks latmix's reading of the format: codes and scales are decoded at load, activations rounded as vLLM's own emulation
-does (block of 32, scale rule EVEN, ties to even). The second half replaces an operation that exists for CUDA only.
+does (blocks of 32; MXFP4: scale rule EVEN, ties to even; MXFP8: RCEIL), or left alone under
+`--linear-backend marlin`, vLLM's kernels for 16-bit activations. The last part replaces an operation that exists for
+CUDA only.
 """
 
 import torch
@@ -15,6 +17,10 @@ def decoded(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     table = torch.tensor([*E2M1, *(-value for value in E2M1)])
     codes = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2).long()
     return table[codes] * torch.exp2(scale.float() - 127.0).repeat_interleave(32, dim=-1)
+
+
+def decoded8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return weight.float() * torch.exp2(scale.float() - 127.0).repeat_interleave(32, dim=-1)
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -31,6 +37,14 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (values * torch.exp2(exponent.float())).flatten(-2).to(x.dtype)
 
 
+def rounded8(x: torch.Tensor) -> torch.Tensor:
+    """The same to E4M3 under RCEIL: the smallest power of two under which nothing exceeds 448."""
+    blocks = x.float().unflatten(-1, (-1, 32))
+    peak = blocks.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.exp2(torch.ceil(torch.log2(peak / 448.0)).clamp(-127, 127))
+    return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2).to(x.dtype)
+
+
 def hadamard(x: torch.Tensor, inplace: bool = True) -> torch.Tensor:
     matrix, size = torch.ones(1, 1), x.shape[-1]
     while len(matrix) < size:
@@ -40,28 +54,28 @@ def hadamard(x: torch.Tensor, inplace: bool = True) -> torch.Tensor:
 
 def register() -> None:
     import vllm._custom_ops as ops
+    from vllm.config import get_current_vllm_config
     from vllm.model_executor.kernels.linear import register_linear_kernel
     from vllm.model_executor.kernels.linear.mxfp4.base import MxFp4LinearKernel
+    from vllm.model_executor.kernels.linear.mxfp8.Mxfp8LinearKernel import Mxfp8LinearKernel
     from vllm.platforms import PlatformEnum
 
-    class CpuMxFp4(MxFp4LinearKernel):
-        @classmethod
-        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-            return True, None
-
-        @classmethod
-        def can_implement(cls, config: object) -> tuple[bool, str | None]:
-            return True, None
-
-        def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-            weight = decoded(layer.weight.data, layer.weight_scale.data)
+    def emulation(base: type, decode: object, round_: object) -> type:
+        def process(self: object, layer: torch.nn.Module) -> None:
+            weight = decode(layer.weight.data, layer.weight_scale.data)
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            self.rounds = get_current_vllm_config().kernel_config.linear_backend != "marlin"
 
-        def apply_weights(
-            self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+        def apply(
+            self: object, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
         ) -> torch.Tensor:
-            x = x if self.config.activation_quant_key is None else rounded(x)
+            x = round_(x) if self.rounds else x
             return F.linear(x, layer.weight.to(x.dtype), bias)
 
-    register_linear_kernel(CpuMxFp4, PlatformEnum.CPU, "mxfp4")
+        yes = classmethod(lambda cls, what=None: (True, None))
+        members = {"is_supported": yes, "can_implement": yes, "apply_weights": apply}
+        return type(f"Cpu{base.__name__}", (base,), members | {"process_weights_after_loading": process})
+
+    register_linear_kernel(emulation(MxFp4LinearKernel, decoded, rounded), PlatformEnum.CPU, "mxfp4")
+    register_linear_kernel(emulation(Mxfp8LinearKernel, decoded8, rounded8), PlatformEnum.CPU, "mxfp8")
     ops.hadacore_transform = hadamard

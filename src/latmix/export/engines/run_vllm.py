@@ -14,6 +14,8 @@ import vllm
 def main(folder: str, request_file: str, answer_file: str) -> None:
     with open(request_file) as file:
         request = json.load(file)
+    with open(f"{folder}/config.json") as file:
+        (group,) = json.load(file)["quantization_config"]["config_groups"].values()
     windows, prompt = request["windows"], request["prompt"]
     longest = max(len(windows[0]) + 1, len(prompt) + request["continue"])
     model = vllm.LLM(
@@ -23,6 +25,8 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
         max_model_len=longest,
         max_logprobs=-1,
         enable_prefix_caching=False,
+        # vLLM rounds the activations of MX checkpoints even where the file says not to, unless told so
+        linear_backend="auto" if group["input_activations"] else "marlin",
     )
     vocabulary = model.llm_engine.model_config.get_vocab_size()
     everything = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1)

@@ -1,0 +1,131 @@
+"""What the engines that serve a model can express: known before anything is learned, and asked again by the export.
+
+An engine takes a fixed architecture: a bias where it has a slot for one, an online transform where it has a place for
+one, the formats it has arithmetic for. `Layout` is what a run asks for; a `Target` answers with `Refusal`s, each with
+its reason and the recipe settings that avoid it. `fit` applies those settings before learning (`--set target=…`), so
+that what is learned is what can be served; the export only refuses. No torch here: a layout is words.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from latmix.archs import Arch
+from latmix.errors import InputError
+from latmix.recipe import Recipe, override
+from latmix.registry import Registry, parse_spec
+from latmix.targets.layout import (
+    ATTENTION,
+    HEAD,
+    MLP,
+    Layout,
+    expected,
+    expected_biases,
+    family,
+    respelled,
+    sliding,
+)
+from latmix.targets.rules import (
+    Refusal,
+    activation_refusals,
+    avoiding,
+    bias_refusals,
+    online_refusals,
+    weight_refusals,
+)
+
+FIXED = ("hadamard", "block-hadamard")  # online transforms without anything to learn
+COMPRESSED = ("mxfp4:scale=even", "mxfp8_e4m3:scale=rceil")
+"""Formats of compressed-tensors' linears, written as its engines round activations beside them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """An export format and the engine it is for. `refusals` takes a layout and the recipe that led to it."""
+
+    name: str
+    about: str
+    refusals: Callable[[Layout, Recipe], list[Refusal]]
+
+
+TARGETS: Registry[Target] = Registry("target")
+
+
+def fit(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe changed until its target can serve it; as it is where it names no target.
+
+    Raises: InputError: unknown target, or no setting helps; gives the reason.
+    """
+    if recipe.target is None:
+        return recipe
+    target = TARGETS[recipe.target]
+    while refusals := target.refusals(expected(recipe, layout), recipe):
+        if not refusals[0].settings:
+            raise InputError(f"The target '{target.name}' cannot serve this: {refusals[0].reason}.")
+        recipe = override(recipe, refusals[0].settings)
+    return _without_idle_learning(recipe, layout.arch)
+
+
+def _without_idle_learning(recipe: Recipe, arch: Arch) -> Recipe:
+    """Layer-wise learning ends where a target has left no map of a layer's own to learn."""
+    own = [name for name in recipe.folded if not arch.site(name).stream]
+    own += [name for name, spec in recipe.online.items() if parse_spec(spec)[0] not in FIXED]
+    return recipe if own else dataclasses.replace(recipe, layerwise=None)
+
+
+def refuse(target: Target, layout: Layout, recipe: Recipe) -> None:
+    """Raises: InputError: the target cannot serve this layout; names the reason and the settings that fit."""
+    if refusals := target.refusals(layout, recipe):
+        fits = all(refusal.settings for refusal in refusals)
+        advice = f"; learn it for this target with --set target={target.name}" if fits else ""
+        reasons = "; ".join(map(str, refusals))
+        raise InputError(f"'{target.name}' cannot express this run: {reasons}{advice}.")
+
+
+def _compressed_tensors(layout: Layout, recipe: Recipe) -> list[Refusal]:
+    return [
+        *weight_refusals(layout, COMPRESSED),
+        *activation_refusals(layout, COMPRESSED),
+        *bias_refusals(layout, recipe),
+        *online_refusals(layout, recipe),
+    ]
+
+
+def _gguf(layout: Layout, recipe: Recipe) -> list[Refusal]:
+    online = [
+        Refusal(f"llama.cpp has no online transforms, and '{spot}' needs one", {f"online.{spot}": "none"})
+        for spot in layout.online
+    ]
+    biased = layout.arch.name == "qwen3" and layout.biases
+    settings = avoiding(layout.arch, recipe, layout.biases)
+    unknown = [Refusal("llama.cpp's Qwen3 has no biases", settings)] if biased else []
+    sliding = [Refusal("attention within a sliding window is not written to GGUF")] if layout.sliding else []
+    return [*weight_refusals(layout, COMPRESSED[:1]), *online, *bias_refusals(layout, recipe), *unknown, *sliding]
+
+
+def _transformers(layout: Layout, recipe: Recipe) -> list[Refusal]:
+    return []
+
+
+for _target in (
+    Target("compressed-tensors", "vLLM, and transformers where nothing runs online", _compressed_tensors),
+    Target("transformers", "transformers after `import latmix`; every recipe", _transformers),
+    Target("gguf", "llama.cpp; dense MXFP4 and biases, nothing online", _gguf),
+):
+    TARGETS.add(_target.name, _target)
+
+__all__ = [
+    "ATTENTION",
+    "HEAD",
+    "MLP",
+    "TARGETS",
+    "Layout",
+    "Refusal",
+    "Target",
+    "expected_biases",
+    "family",
+    "fit",
+    "refuse",
+    "respelled",
+    "sliding",
+]
