@@ -1,5 +1,5 @@
-# `make demo` sets up and quantizes the embedded model; `make test` sets up and runs every check and test; `make docs`
-# builds the documentation into site/ and fails on any broken link.
+# `make demo` sets up and quantizes the embedded model; `make test` sets up and runs every check and test, and
+# builds the documentation, which fails on any broken link; `make docs` does that alone, into site/.
 PYTHON ?= python3
 export OMP_WAIT_POLICY = PASSIVE  # a spinning OpenMP barrier costs milliseconds a region on shared cores
 
@@ -13,6 +13,7 @@ test: .venv/installed-dev
 	.venv/bin/ruff format --check src tests scripts benchmarks
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/mkdocs build --strict --quiet --site-dir .venv/site
 	.venv/bin/pytest
 
 docs: .venv/installed-docs
@@ -26,7 +27,7 @@ docs: .venv/installed-docs
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	.venv/bin/pip install --quiet --editable '.[dev,eval,export,parity,plots]'
+	.venv/bin/pip install --quiet --editable '.[dev,docs,eval,export,parity,plots]'
 	touch $@
 
 .venv/installed-docs: .venv/installed

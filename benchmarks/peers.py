@@ -1,0 +1,202 @@
+"""Our baselines beside other tools' own code, on the model that ships with latmix: same calibration windows, same
+format, same evaluation.
+
+    pip install -e . llmcompressor==0.14.0.1 auto-round==0.15.1     (in an environment of its own)
+    python benchmarks/peers.py --out docs/results/peers.md
+
+Every row is a process of its own, its scores kept in comparisons/peers: run it again after an interruption. A peer's
+model is measured in its own process, as that tool computes it (weights rounded, inputs rounded on the fly), by latmix's
+perplexity and KL on the evaluation text of the package. Peers keep embedding and head in float32, latmix in bfloat16.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import Tensor
+
+import latmix
+from latmix.assets import CALIBRATION, DEMO_MODEL, EVALUATION
+from latmix.data import calibration_windows, read_text, windows
+from latmix.eval import score
+from latmix.model.load import Loaded, load
+from latmix.recipe import Recipe, override
+from latmix.recipes import find
+
+KEPT = Path("comparisons/peers")
+INPUTS = ("qkv", "o", "gate_up", "down")
+Peer = Callable[[Loaded, Tensor], Any]
+
+
+def compressor(*, gptq: bool = True, spinquant: dict[str, Any] | None = None, quip: dict[str, Any] | None = None) -> Peer:
+    """llm-compressor's modifiers, their defaults otherwise."""
+
+    def run(loaded: Loaded, taught: Tensor) -> Any:
+        import datasets
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+        from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
+
+        quantizer = GPTQModifier if gptq else QuantizationModifier
+        steps = [SpinQuantModifier(**spinquant)] if spinquant else [QuIPModifier(**quip)] if quip else []
+        steps.append(quantizer(targets="Linear", scheme="MXFP4", ignore=["lm_head"]))
+        rows = {"input_ids": taught.tolist(), "attention_mask": torch.ones_like(taught).tolist()}
+        oneshot(
+            model=loaded.model,
+            dataset=datasets.Dataset.from_dict(rows),
+            recipe=steps,
+            num_calibration_samples=len(taught),
+            max_seq_length=taught.shape[1],
+        )
+        return loaded.model
+
+    return run
+
+
+def auto_round(iterations: int) -> Peer:
+    """AutoRound's signed gradient descent on rounding and ranges; 0: round to nearest. Its MXFP4 takes floor scales."""
+
+    def run(loaded: Loaded, taught: Tensor) -> Any:
+        from auto_round import AutoRound
+
+        batches = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in taught]
+        tuner = AutoRound(
+            loaded.model,
+            loaded.tokenizer,
+            scheme="MXFP4",
+            iters=iterations,
+            dataset=batches,
+            seqlen=taught.shape[1],
+            nsamples=len(taught),
+        )
+        return tuner.quantize()[0]
+
+    return run
+
+
+def everywhere(transform: str) -> Recipe:
+    """GPTQ under a fixed transform at every input, at run time."""
+    return dataclasses.replace(find("gptq"), name=f"gptq, {transform} online", online=dict.fromkeys(INPUTS, transform))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """What another tool does, and what of ours is the same thing."""
+
+    peer: str
+    run: Peer
+    ours: Recipe
+
+
+LC, AR = "llm-compressor", "AutoRound"
+PAIRS = {
+    "rtn": Pair(f"{LC} RTN", compressor(gptq=False), find("rtn")),
+    "gptq": Pair(f"{LC} GPTQ", compressor(), find("gptq")),
+    "r1r2": Pair(
+        f"{LC} SpinQuant R1 R2 (Hadamard), GPTQ",
+        compressor(spinquant={"rotations": ["R1", "R2"]}),
+        override(find("quarot"), {"online.down": "none", "name": "quarot, nothing online"}),
+    ),
+    "r1r2r4": Pair(
+        f"{LC} SpinQuant R1 R2 R4 (Hadamard), GPTQ",
+        compressor(spinquant={"rotations": ["R1", "R2", "R4"]}),
+        find("quarot"),
+    ),
+    "r1r2r4-32": Pair(
+        f"{LC} SpinQuant R1 R2 R4 in blocks of 32, GPTQ",
+        compressor(spinquant={"rotations": ["R1", "R2", "R4"], "transform_block_size": 32}),
+        find("block-hadamard"),
+    ),
+    "quip": Pair(f"{LC} QuIP (random Hadamard), GPTQ", compressor(quip={"rotations": ["v"]}), everywhere("hadamard")),
+    "quip-32": Pair(
+        f"{LC} QuIP in blocks of 32, GPTQ",
+        compressor(quip={"rotations": ["v"], "transform_type": "hadamard", "transform_block_size": 32}),
+        find("mr-gptq"),
+    ),
+    "auto-0": Pair(
+        f"{AR}, 0 iterations",
+        auto_round(0),
+        override(find("rtn"), {"name": "rtn, floor", "weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}),
+    ),
+    "auto-200": Pair(
+        f"{AR}, 200 iterations",
+        auto_round(200),
+        override(find("gptq"), {"name": "gptq, floor", "weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}),
+    ),
+}
+
+
+def measure(name: str, side: str, few: int | None) -> dict[str, float]:
+    """One row. `few`: windows to calibrate and to measure on; None: all."""
+    pair, original = PAIRS[name], load(DEMO_MODEL)
+    recipe = pair.ours if few is None else override(pair.ours, {"calibration.windows": str(few)})
+    taught, _ = calibration_windows(read_text(CALIBRATION), original.tokenizer, recipe.calibration, original.longest)
+    seen = windows(read_text(EVALUATION), original.tokenizer, original.longest)[:few]
+    began = time.perf_counter()
+    if side == "peer":
+        model = pair.run(load(DEMO_MODEL), taught).eval()
+    else:
+        out = KEPT / f"{name}-run"
+        latmix.quantize(DEMO_MODEL, out, recipe)
+        model = latmix.pipeline.restore(out).model
+    took = time.perf_counter() - began
+    found = score(model, seen, original.model)
+    assert found.kl is not None
+    return {"perplexity": found.perplexity.mean, "kl": found.kl.mean, "low": found.kl.low, "high": found.kl.high, "s": took}
+
+
+def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
+    lines = ["| what | KL | perplexity | s | ours | KL | perplexity | s | ours / theirs |", "|" + "---|" * 9]
+    for name, pair in PAIRS.items():
+        theirs, ours = rows.get((name, "peer")), rows[name, "ours"]
+        cells = [f"{row['kl']:.4f} | {row['perplexity']:.3f} | {row['s']:.0f}" if row else "failed | |" for row in (theirs, ours)]
+        ratio = f"{ours['kl'] / theirs['kl']:.2f}" if theirs else ""
+        lines.append(f"| {pair.peer} | {cells[0]} | {pair.ours.name} | {cells[1]} | {ratio} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=PAIRS, nargs="*", default=list(PAIRS))
+    parser.add_argument("--few", type=int, help="windows to calibrate and measure on: to see whether it runs")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    KEPT.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        print("\n" + json.dumps(measure(*args.one, args.few)))
+        return
+    rows = {}
+    for name in args.only:
+        for side in ("peer", "ours"):
+            kept = KEPT / f"{name}-{side}.json"
+            if not kept.is_file():
+                words = [sys.executable, __file__, "--one", name, side, *(["--few", str(args.few)] if args.few else [])]
+                done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    print(f"{name}, {side}: failed")
+                    continue
+                kept.write_text(done.stdout.splitlines()[-1])
+            rows[name, side] = json.loads(kept.read_text())
+            print(name, side, rows[name, side], flush=True)
+    if args.out:
+        args.out.write_text(f"{HEAD}\nMeasured {datetime.date.today()}, torch {torch.__version__}.\n\n{table(rows)}\n")
+
+
+HEAD = """# Beside other tools
+
+"""
+
+if __name__ == "__main__":
+    main()
