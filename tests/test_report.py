@@ -10,7 +10,7 @@ import pytest
 
 import latmix
 from latmix.analysis.report import report
-from latmix.analysis.svg import Words, lines, nice_ticks
+from latmix.analysis.svg import Words, lines, nice_ticks, pairs
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION
 
@@ -52,7 +52,7 @@ def test_one_file_with_words_for_every_picture(runs: list[Path], tmp_path: Path)
     assert not outline.open
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page and "<script" not in page
     pictures = [attributes for tag, attributes in outline.seen if tag == "svg"]
-    assert len(pictures) == 6  # two learning curves, and two of errors for either run
+    assert len(pictures) == 5  # two learning curves; errors of either run, and block by block where there is a map
     assert all(len(str(attributes["aria-label"])) > 20 for attributes in pictures)
     for run in runs:
         summary = json.loads((run / "summary.json").read_text())
@@ -92,9 +92,18 @@ def test_bad_input(runs: list[Path], tmp_path: Path) -> None:
 def test_charts_hold_their_points_at_the_edges() -> None:
     chart = lines(Words("t", "x", "y", "d"), {"a": [(0, 0.0), (10, 3.0)], "one": [(5, 1.0)]})
     points = re.search(r'points="([^"]+)"', chart)
-    assert points and points[1] == "78.0,260.0 628.0,12.0"
+    assert points and points[1] == "78.0,198.0 426.0,12.0"
+    rows = pairs(Words("t", "x", "y", "d"), ("a", "b"), {"one": (0.0, 2.0), "two": (1.0, 1.0)})
+    assert re.findall(r'cx="([\d.]+)"', rows) == ["78.0", "426.0", "252.0", "252.0"]
     assert nice_ticks(0, 0.0437) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
     assert nice_ticks(2.0, 2.0) == [2.0, 3.0]
+
+
+CUT_OFF = """Array.from(document.querySelectorAll("svg text")).filter(text => {
+    const inner = text.getBoundingClientRect(), outer = text.ownerSVGElement.getBoundingClientRect();
+    const page = document.documentElement.clientWidth;
+    return inner.left < outer.left - 1 || inner.right > outer.right + 1 || outer.right > page;
+}).map(text => text.textContent)"""
 
 
 @pytest.mark.parametrize("width", [375, 1440])
@@ -119,7 +128,8 @@ def test_in_a_browser(width: int, scheme: str, runs: list[Path], tmp_path: Path)
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert paper == ("rgb(253, 253, 252)" if scheme == "light" else "rgb(21, 24, 27)")
-        assert page.locator("svg").count() == 6 == page.get_by_role("img").count()
+        assert page.locator("svg").count() == 5 == page.get_by_role("img").count()
+        assert page.evaluate(CUT_OFF) == []
         page.locator("summary").first.click()
         assert page.locator("details[open] table").first.is_visible()
         page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from latmix.analysis.svg import Words, heat, lines
+from latmix.analysis.svg import Words, heat, lines, pairs
 from latmix.errors import DamagedError, InputError, WriteError
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TUNING, is_run, read_json
 
@@ -88,8 +88,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _numbers(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return f"<details><summary>The numbers</summary>{table(head, rows)}</details>"
+def _chart(figure: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"<div>{figure}<details><summary>The numbers</summary>{table(head, rows)}</details></div>"
 
 
 def _comparison(records: Sequence[Record]) -> str:
@@ -101,7 +101,7 @@ def _comparison(records: Sequence[Record]) -> str:
         figures = [f"{held_out['perplexity']['mean']:.3f}", f"{kl['mean']:.4f}", f"{kl['low']:.4f}–{kl['high']:.4f}"]
         figures += [f"{held_out['top1_agreement']['mean']:.1%}", f"{s['size']['bits_per_weight']:.2f}"]
         costs = [sum(cost["seconds"] for cost in stages), max(cost["peak_bytes"] for cost in stages) / 1e6]
-        figures += [f"{s['size']['bytes'] / 1e6:.2f}", *(f"{cost:.0f}" for cost in costs)]
+        figures += [f"{s['size']['bytes'] / 1e6:.2f}", f"{costs[0]:.1f}", f"{costs[1]:.0f}"]
         rows.append([record.name, record.recipe["name"], str(record.recipe["seed"]), *figures])
     note = "Measured on the held-out part of each run's calibration text; KL in nats per token to full precision."
     return f"<section><h2>Runs side by side</h2><p>{note}</p>{table(head, rows)}</section>"
@@ -118,15 +118,14 @@ def _learning(title: str, records: Sequence[Record]) -> str:
     loss = {name: [(s["step"], s["loss"]) for s in steps[1:]] for name, steps in learned.items()}
     ends = "; ".join(f"{name} from {v[0][1]:.4f} to {min(y for _, y in v):.4f} at best" for name, v in held_out.items())
     words = Words(f"{title}: held-out KL", "step", "nats per token", ends + ".")
-    charts = lines(words, held_out)
     rows = [[name, f"{step}", f"{value:.5f}"] for name, points in held_out.items() for step, value in points]
-    charts += _numbers(("run", "step", "held-out KL"), rows)
+    charts = _chart(lines(words, held_out), ("run", "step", "held-out KL"), rows)
     if all(loss.values()):
         last = "; ".join(f"{name} ends at {points[-1][1]:.4f}" for name, points in loss.items())
-        charts += lines(Words(f"{title}: loss of every step", "step", "nats per token", last + "."), loss)
-        tenth = [[n, f"{x}", f"{y:.5f}"] for n, points in loss.items() for x, y in points[:: max(1, len(points) // 20)]]
-        charts += _numbers(("run", "step", "loss"), tenth)
-    return f"<section><h2>{title}</h2>{charts}</section>"
+        words = Words(f"{title}: loss of every step", "step", "nats per token", last + ".")
+        some = [[n, f"{x}", f"{y:.5f}"] for n, points in loss.items() for x, y in points[:: max(1, len(points) // 20)]]
+        charts += _chart(lines(words, loss), ("run", "step", "loss"), some)
+    return f'<section><h2>{title}</h2><div class="charts">{charts}</div></section>'
 
 
 def _run(record: Record) -> str:
@@ -164,20 +163,32 @@ def _run(record: Record) -> str:
 def _errors(errors: Mapping[str, Mapping[str, list[float]]]) -> str:
     if not errors:
         return ""
-    means = {key: [sum(e[key]) / len(e[key]) for e in errors.values()] for key in ("before", "after")}
-    worst = max(zip(means["after"], errors, strict=True))
-    total = sum(means["after"]) / sum(means["before"])
-    says = f"Over all inputs the map leaves {total:.2f} of the error; most is left at {worst[1]}, {worst[0]:.4f}."
-    words = Words("Error of the activations, before and after the maps", "input / layer", "relative", says)
-    curves = {key: list(enumerate(values)) for key, values in means.items()}
-    rows = [
-        [place, f"{b:.5f}", f"{a:.5f}"] for place, b, a in zip(errors, means["before"], means["after"], strict=True)
-    ]
+    means = {
+        place: (sum(e["before"]) / len(e["before"]), sum(e["after"]) / len(e["after"])) for place, e in errors.items()
+    }
+    before, after = (sum(values) for values in zip(*means.values(), strict=True))
+    worst = max(means, key=lambda place: means[place][1])
+    says = f"Over all inputs the maps leave {after / before:.2f} of the error; most is left at {worst}, "
+    words = Words(
+        "Error of the activations, before and after the maps",
+        "mean squared error / mean square",
+        "of every input / layer",
+        f"{says}{means[worst][1]:.4f}.",
+    )
+    rows = [[place, f"{b:.5f}", f"{a:.5f}"] for place, (b, a) in means.items()]
+    charts = _chart(pairs(words, ("before", "after"), means), ("input / layer", "before", "after"), rows)
     ratios = {p: [a / b if b else 1.0 for a, b in zip(e["after"], e["before"], strict=True)] for p, e in errors.items()}
+    if any(ratio != 1 for values in ratios.values() for ratio in values):
+        charts += _blocks(ratios)
+    return f'<div class="charts">{charts}</div>'
+
+
+def _blocks(ratios: Mapping[str, list[float]]) -> str:
     kept = [ratio for values in ratios.values() for ratio in values]
     says = f"From {min(kept):.2f} to {max(kept):.2f} of the error before; the rows are inputs, the columns blocks."
-    cells = heat(Words("The same in every block", "block", "error after, divided by error before", says), ratios)
-    return lines(words, curves, list(errors)) + _numbers(("input / layer", "before", "after"), rows) + cells
+    words = Words("The same in every block", "block", "error after, divided by error before", says)
+    rows = [[place, " ".join(f"{ratio:.2f}" for ratio in values)] for place, values in ratios.items()]
+    return _chart(heat(words, ratios), ("input / layer", "after / before, block by block"), rows)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
@@ -185,4 +196,5 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _change(change: Mapping[str, float]) -> str:
-    return f"KL {change['before']:.4f} before learning, {change['after']:.4f} after"
+    before, after = (abs(round(change[key], 4)) for key in ("before", "after"))  # rounding errors may be negative
+    return f"KL {before:.4f} before learning, {after:.4f} after"

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 78, 12, 12, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 240, 78, 14, 12, 42  # readable at the width of a phone, unscrolled
+ROW = 18  # height of a named row
 SERIES = 6  # colours; more series start over with dashes
 
 Number = int | float
@@ -26,8 +27,8 @@ class Words:
     description: str
 
 
-def lines(words: Words, series: Mapping[str, Points], labels: Sequence[str] = ()) -> str:
-    """A line chart with a legend. `labels` name the x values 0, 1, 2, … where x is a category."""
+def lines(words: Words, series: Mapping[str, Points]) -> str:
+    """A line chart with a legend."""
     every = [point for points in series.values() for point in points]
     low_x, high_x = min(x for x, _ in every), max(x for x, _ in every)
     low_y, high_y = min(0.0, *(y for _, y in every)), max(y for _, y in every)
@@ -44,9 +45,10 @@ def lines(words: Words, series: Mapping[str, Points], labels: Sequence[str] = ()
         _, y = place(low_x, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
-    for value, label in _x_ticks(low_x, high_x, labels):
-        x, _ = place(value, low_y)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(label)}</text>')
+    for tick in nice_ticks(low_x, high_x):
+        x, _ = place(tick, low_y)
+        if low_x <= tick <= high_x:
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick:g}</text>')
     for number, points in enumerate(series.values()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         dashes = ' stroke-dasharray="6 4"' if number >= SERIES else ""
@@ -56,37 +58,57 @@ def lines(words: Words, series: Mapping[str, Points], labels: Sequence[str] = ()
             parts.append(f'<circle class="dot s{number % SERIES}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     middle = (WIDTH + LEFT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(words.x)}</text>')
-    legend = "".join(f'<li class="s{n % SERIES}">{escape(name)}</li>' for n, name in enumerate(series))
-    return _figure(words, "".join(parts), HEIGHT) + f'<ul class="legend">{legend}</ul></figure>'
+    return _figure(words, "".join(parts), HEIGHT, {name: f"s{n % SERIES}" for n, name in enumerate(series)})
+
+
+def pairs(words: Words, names: tuple[str, str], rows: Mapping[str, tuple[float, float]]) -> str:
+    """Two values a row, a dot each, joined: where each row's first value went."""
+    ticks = nice_ticks(0.0, max(max(pair) for pair in rows.values()))
+    scale, bottom = (WIDTH - LEFT - RIGHT) / ticks[-1], TOP + len(rows) * ROW
+    parts = []
+    for tick in ticks:
+        x = LEFT + tick * scale
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{tick:.3g}</text>')
+    for number, (name, pair) in enumerate(rows.items()):
+        y, (first, second) = TOP + (number + 0.5) * ROW, (LEFT + value * scale for value in pair)
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<line class="way" x1="{first:.1f}" x2="{second:.1f}" y1="{y}" y2="{y}"/>')
+        parts += [f'<circle class="dot s{i}" cx="{x:.1f}" cy="{y}" r="4"/>' for i, x in enumerate((first, second))]
+    total = bottom + BOTTOM
+    parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{total - 8}" text-anchor="middle">{escape(words.x)}</text>')
+    return _figure(words, "".join(parts), total, {name: f"s{i}" for i, name in enumerate(names)})
 
 
 def heat(words: Words, rows: Mapping[str, Sequence[float]]) -> str:
     """Cells by row and column: below one (better) in one colour, above one in another, the stronger the farther."""
     columns = max(len(values) for values in rows.values())
-    height, width = 18, (WIDTH - LEFT - RIGHT) / columns
+    width = (WIDTH - LEFT - RIGHT) / columns
     parts = []
     for number, (name, values) in enumerate(rows.items()):
-        y = TOP + number * height
+        y = TOP + number * ROW
         parts.append(f'<text x="{LEFT - 6}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
         for column, value in enumerate(values):
             kind, strength = ("better", 1 - value) if value < 1 else ("worse", value - 1)
             x, opacity = LEFT + column * width, min(1.0, max(0.04, strength))
             parts.append(
-                f'<rect class="{kind}" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{height - 1}" '
+                f'<rect class="{kind}" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW - 1}" '
                 f'fill-opacity="{opacity:.2f}"><title>{escape(name)}, block {column}: {value:.2f}</title></rect>'
             )
-    total = TOP + len(rows) * height + 24
+    total = TOP + len(rows) * ROW + 24
     parts.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{total - 6}" text-anchor="middle">{escape(words.x)}</text>')
-    legend = '<li class="better">smaller than without a map</li><li class="worse">larger</li>'
-    return _figure(words, "".join(parts), total) + f'<ul class="legend">{legend}</ul></figure>'
+    return _figure(words, "".join(parts), total, {"smaller than without a map": "better", "larger": "worse"})
 
 
-def _figure(words: Words, content: str, height: int) -> str:
+def _figure(words: Words, content: str, height: int, legend: Mapping[str, str]) -> str:
+    """`legend`: name → CSS class."""
+    items = "".join(f'<li class="{kind}">{escape(name)}</li>' for name, kind in legend.items())
     return (
         f"<figure><figcaption>{escape(words.title)} <small>{escape(words.y)}</small></figcaption>"
-        f'<div class="scroll" tabindex="0"><svg role="img" viewBox="0 0 {WIDTH} {height}" '
+        f'<svg role="img" viewBox="0 0 {WIDTH} {height}" '
         f'aria-label="{escape(words.title)}. {escape(words.description)}">'
-        f"<title>{escape(words.title)}</title><desc>{escape(words.description)}</desc>{content}</svg></div>"
+        f"<title>{escape(words.title)}</title><desc>{escape(words.description)}</desc>{content}</svg>"
+        f'<ul class="legend">{items}</ul></figure>'
     )
 
 
@@ -99,10 +121,3 @@ def nice_ticks(low: Number, high: Number, wanted: int = 5) -> list[float]:
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first = math.floor(low / step)
     return [step * k for k in range(first, math.ceil(high / step - 1e-9) + 1)]
-
-
-def _x_ticks(low: Number, high: Number, labels: Sequence[str]) -> list[tuple[float, str]]:
-    if labels:
-        step = math.ceil(len(labels) / 10)
-        return [(float(i), labels[i]) for i in range(0, len(labels), step)]
-    return [(tick, f"{tick:g}") for tick in nice_ticks(low, high) if low <= tick <= high]
