@@ -1,15 +1,63 @@
-"""Compiled kernels are held to the reference, bit for bit where nothing is summed."""
+"""Kernels are held to the reference, bit for bit where nothing is summed."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from latmix.numerics import fake_quant, kernels, parse_format
+from latmix.numerics import BlockFormat, fake_quant, kernels, native, parse_format
 from latmix.numerics.fakequant import quantized_values, scale_gradient
+from tests.laws.test_numerics import MX, same, special
+
+BY_HAND = [fmt for fmt in MX if fmt.scale in native.CARRIES]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("text", ["mxfp4:scale=even", "mxint4", "nvfp4", "mxfp8_e4m3:block=16,rounding=away"])
-def test_the_kernel_is_bit_equal_to_the_reference(text: str, dtype: torch.dtype) -> None:
+def reference(kernel: object, *arguments: object) -> Tensor:
+    return kernel.reference(*arguments)  # type: ignore[attr-defined, no-any-return]
+
+
+def patterns(dtype: torch.dtype) -> Tensor:
+    """Every bfloat16, NaN, infinities and subnormals included: in order, so that blocks are of one magnitude, shuffled,
+    and with NaN and Inf left out; for float32 with random lower halves as well."""
+    generator = torch.Generator().manual_seed(0)
+    upper = torch.arange(-(2**15), 2**15).to(torch.int16)
+    ordered = torch.cat([upper, upper[torch.randperm(2**16, generator=generator)]]).view(torch.bfloat16)
+    finite = ordered.where(ordered.isfinite(), 0.0)
+    x = torch.cat([ordered, finite])
+    lower = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32)
+    wide = x.float()
+    return x if dtype == torch.bfloat16 else torch.cat([wide, (wide.view(torch.int32) | lower).view(torch.float32)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", BY_HAND, ids=str)
+def test_the_kernel_by_hand_is_bit_equal_on_every_pattern(fmt: BlockFormat, dtype: torch.dtype) -> None:
+    x = patterns(dtype)
+    for tensor in (x.view(-1, 1 << 11), x[: 1 << 17].view(-1, 1 << 9)[:, :172]):  # partial blocks, not contiguous
+        assert native.covers([tensor], fmt) and tensor.numel() >= kernels.SMALL
+        assert same(quantized_values(tensor, fmt), reference(quantized_values, tensor, fmt))
+    assert "C++" in kernels.status()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, 3, 16, 40, 4096])
+def test_the_kernel_by_hand_takes_any_block(block: int, dtype: torch.dtype) -> None:
+    fmt = parse_format(f"mxfp4:block={block},scale=rceil")
+    x = torch.randn(5, 4100, generator=torch.Generator().manual_seed(block)).to(dtype)
+    assert same(quantized_values(x, fmt), reference(quantized_values, x, fmt))
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("mxfp4:scale=even", torch.float32),
+        ("nvfp4", torch.bfloat16),
+        ("mxfp8_e4m3:block=16,rounding=away", torch.float64),
+    ],
+)
+def test_the_compiled_reference_is_bit_equal_to_the_plain_one(
+    text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "covers", lambda tensors, fmt: False)
     fmt = parse_format(text)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 340, 172, generator=generator) * 2.0 ** torch.randint(
@@ -21,17 +69,33 @@ def test_the_kernel_is_bit_equal_to_the_reference(text: str, dtype: torch.dtype)
         x = x.nan_to_num(0.0, 0.0, 0.0).clamp(-1e30, 1e30)
     x = x.to(dtype)
     assert x.numel() >= kernels.LARGE
-    by_kernel, by_reference = quantized_values(x, fmt), quantized_values.reference(x, fmt)  # type: ignore[attr-defined]
-    assert kernels.status() == "compiled"
-    assert torch.equal(by_kernel.isnan(), by_reference.isnan())
-    numbers = ~by_reference.isnan()
-    assert torch.equal(by_kernel[numbers], by_reference[numbers])
-    assert torch.equal(by_kernel[numbers].signbit(), by_reference[numbers].signbit())
+    assert same(quantized_values(x, fmt), reference(quantized_values, x, fmt))
+    assert "torch.compile" in kernels.status() and ";" not in kernels.status()
 
 
-def test_the_gradient_kernel_differs_from_its_reference_by_the_order_of_a_sum() -> None:
+@pytest.mark.parametrize(("by_hand", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)])
+def test_the_gradient_kernels_differ_from_their_reference_by_the_order_of_a_sum(
+    by_hand: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_hand:
+        monkeypatch.setattr(native, "covers", lambda tensors, fmt: False)
     fmt = parse_format("mxfp4:scale=even")
-    x, g = torch.randn(700, 172), torch.randn(700, 172)
+    x, g = torch.randn(2, 700, 172, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x[:, 3] = x[:, 5] = 2.5  # several of the largest magnitude: the first counts
+    x[0], x[1, :32] = 0.0, -0.0
     q = fake_quant(x, fmt)
-    expected = scale_gradient.reference(g, x, q, fmt)  # type: ignore[attr-defined]
-    torch.testing.assert_close(scale_gradient(g, x, q, fmt), expected, rtol=0, atol=1e-5)
+    tolerance = {"rtol": 0, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-5}
+    torch.testing.assert_close(scale_gradient(g, x, q, fmt), reference(scale_gradient, g, x, q, fmt), **tolerance)
+
+
+def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise FileNotFoundError("No such file or directory: 'c++'")
+
+    monkeypatch.setattr(native, "library", missing)
+    monkeypatch.setattr(kernels, "_failures", {})
+    x, fmt = torch.randn(128, 64), parse_format("mxfp4:scale=floor")
+    with pytest.warns(UserWarning, match="No kernels by C"):
+        assert same(quantized_values(x, fmt), reference(quantized_values, x, fmt))
+    assert "no C++: No such file" in kernels.status()
+    assert same(quantized_values(special(fmt), fmt), reference(quantized_values, special(fmt), fmt))

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latmix.numerics import native
 from latmix.numerics.formats import BlockFormat, parse_format
 from latmix.numerics.kernels import kernel
 from latmix.numerics.rounding import round_to_element_, widen
@@ -53,14 +54,14 @@ def fake_quant_with_scale_gradient(x: Float[Tensor, "*batch n"], fmt: str | Bloc
     return quantized
 
 
-@kernel
+@kernel(native.quantized_values)
 def quantized_values(x: Float[Tensor, "*batch n"], fmt: BlockFormat) -> Float[Tensor, "*batch n"]:
     """The values of `fake_quant`, without gradient."""
     wide = widen(x)
     return quantize_with_scales(wide, choose_scales(wide, fmt), fmt).to(x.dtype)
 
 
-@kernel
+@kernel(native.scale_gradient)
 @torch.no_grad()
 def scale_gradient(
     gradient: Float[Tensor, "*batch n"],
@@ -69,12 +70,12 @@ def scale_gradient(
     fmt: BlockFormat,
 ) -> Float[Tensor, "*batch n"]:
     """`gradient`, plus (Σ g·ε) / x at each block's largest magnitude (the first of several)."""
-    blocks, g = to_blocks(x, fmt.block), to_blocks(gradient, fmt.block)
-    along = (g * to_blocks(quantized - x, fmt.block)).sum(-1, keepdim=True)
+    blocks, g, q = (to_blocks(widen(tensor), fmt.block) for tensor in (x, gradient, quantized))
+    along = (g * (q - blocks)).sum(-1, keepdim=True)
     peak, place = blocks.abs().max(-1, keepdim=True)
     gain = torch.where(peak == 0, torch.zeros_like(peak), along / peak)
     here = torch.arange(fmt.block, device=x.device) == place
-    return from_blocks(g + torch.where(here, gain * blocks.sign(), torch.zeros_like(g)), x.shape[-1])
+    return from_blocks(g + torch.where(here, gain * blocks.sign(), torch.zeros_like(g)), x.shape[-1]).to(gradient.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):

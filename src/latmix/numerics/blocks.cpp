@@ -1,0 +1,163 @@
+// The arithmetic of blocks on a CPU, the one that `scales`, `rounding`, `fakequant` and `codes` define: laws hold both to
+// the same bits. Rows of whole blocks, float32 or bfloat16, power-of-two scales by a rule that looks at the largest
+// magnitude only.
+//
+// Plain loops that a compiler turns into vectors. Blocks are taken sixteen at a time, so that their scales, a dozen
+// operations in float64, fill vectors as well: one block at a time would spend most of its time there. Magnitude and sign
+// are kept apart, as bits: no operation here can lose the sign of a zero, and NaN and Inf are the largest integers.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+struct Format {  // latmix.numerics.native.Format
+    int64_t block;
+    double unit, carry;                // scale = p * unit, or twice that from amax = p * carry on; p = 2^floor(log2(amax))
+    float max, smallest_normal, step;  // of the element; step = 2^-mantissa_bits
+    float code_unit;                   // moves an element's exponents to where float32's begin
+    int32_t away, complement, bits, shift;
+};
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+template <class To, class From>
+static inline To as(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+static inline float wide(float x) { return x; }
+static inline float wide(bfloat16 x) { return as<float>(uint32_t(x.bits) << 16); }
+static inline void store(float x, float& out) { out = x; }
+static inline void store(float x, bfloat16& out) {  // to nearest even; a NaN that was widened has no bits to carry
+    uint32_t bits = as<uint32_t>(x);
+    out.bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline int32_t magnitude(float x) { return as<int32_t>(x) & 0x7fffffff; }
+static inline int32_t sign(float x) { return as<int32_t>(x) & INT32_MIN; }
+
+template <class T>
+static inline int32_t largest(const T* x, int64_t block) {
+    int32_t top = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < block; i++) top = std::max(top, magnitude(wide(x[i])));
+    return top;
+}
+
+static inline float scale(float amax, const Format& f) {
+    double wide_amax = amax, p = as<double>(as<int64_t>(wide_amax) & 0x7ff0000000000000);
+    double scale = p * f.unit * (wide_amax >= p * f.carry ? 2 : 1);
+    return float(std::min(std::max(scale, 0x1p-127), 0x1p127) + (wide_amax - wide_amax));  // NaN for Inf and NaN
+}
+
+static inline float nearest(float y, const Format& f) {  // the magnitude of the grid's number next to |y|
+    float m = std::min(as<float>(magnitude(y)), f.max);
+    float spacing = std::max(as<float>(as<int32_t>(m) & 0x7f800000), f.smallest_normal) * f.step;
+    float steps = m * as<float>((254 << 23) - as<int32_t>(spacing));  // the reciprocal of a power of two
+    return (f.away ? std::trunc(steps + (0.5f - 0x1p-25f)) : std::rint(steps)) * spacing;
+}
+
+static inline float with_sign(float m, float y, const Format& f) {  // two's complement has no -0
+    return as<float>(as<int32_t>(m) | (f.complement && m == 0 ? 0 : sign(y)));
+}
+
+constexpr int TILE = 16;
+
+template <class T, class Each>  // each(first element, scale, its reciprocal) of every block
+static inline void tiles(const T* x, int64_t blocks, const Format& f, int threads, Each each) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < blocks; first += TILE) {
+        int count = std::min<int64_t>(TILE, blocks - first);
+        float amax[TILE] = {}, scales[TILE], inverses[TILE];
+        for (int b = 0; b < count; b++) amax[b] = as<float>(largest(x + (first + b) * f.block, f.block));
+#pragma omp simd
+        for (int b = 0; b < TILE; b++) scales[b] = scale(amax[b], f), inverses[b] = 1 / scales[b];
+        for (int b = 0; b < count; b++) each(first + b, scales[b], inverses[b]);
+    }
+}
+
+template <class T>
+static void values(const T* x, T* out, int64_t blocks, const Format& f, int threads) {
+    tiles(x, blocks, f, threads, [=, &f](int64_t b, float scale, float inverse) {
+        const T* from = x + b * f.block;
+        T* to = out + b * f.block;
+#pragma omp simd
+        for (int64_t i = 0; i < f.block; i++) {
+            float y = wide(from[i]) * inverse;
+            store(with_sign(nearest(y, f), y, f) * scale, to[i]);
+        }
+    });
+}
+
+template <class T>
+static void codes(const T* x, uint8_t* out, uint8_t* scale_bytes, int64_t blocks, const Format& f, int threads) {
+    tiles(x, blocks, f, threads, [=, &f](int64_t b, float scale, float inverse) {
+        const T* from = x + b * f.block;
+        uint8_t* to = out + b * f.block;
+        bool number = scale == scale;
+        scale_bytes[b] = number ? std::ilogb(scale) + 127 : 0xff;
+        if (!number) inverse = 0;
+#pragma omp simd
+        for (int64_t i = 0; i < f.block; i++) {
+            float y = number ? wide(from[i]) * inverse : 0;
+            int32_t code = as<int32_t>(nearest(y, f) * f.code_unit) >> f.shift, negative = as<int32_t>(y) >> 31;
+            code = f.complement ? (code ^ negative) - negative : code | (negative & 1 << (f.bits - 1));
+            to[i] = code & ((1 << f.bits) - 1);
+        }
+    });
+}
+
+template <class T>
+static void gradient(const T* g, const T* x, const T* q, T* out, int64_t blocks, const Format& f, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t start = b * f.block, place = 0;
+        float along = 0, peak = as<float>(largest(x + start, f.block));
+#pragma omp simd reduction(+ : along)
+        for (int64_t i = 0; i < f.block; i++) along += wide(g[start + i]) * (wide(q[start + i]) - wide(x[start + i]));
+        std::copy(g + start, g + start + f.block, out + start);
+        while (magnitude(wide(x[start + place])) != as<int32_t>(peak)) place++;
+        float gain = peak == 0 ? 0 : along / peak;
+        store(wide(g[start + place]) + as<float>(as<int32_t>(gain) ^ sign(wide(x[start + place]))), out[start + place]);
+    }
+}
+
+extern "C" {
+
+void latmix_values(bool half, const void* x, void* out, int64_t blocks, const Format* f, int threads) {
+    if (half) values((const bfloat16*)x, (bfloat16*)out, blocks, *f, threads);
+    else values((const float*)x, (float*)out, blocks, *f, threads);
+}
+
+void latmix_gradient(bool half, const void* g, const void* x, const void* q, void* out, int64_t blocks, const Format* f,
+                     int threads) {
+    using H = const bfloat16*;
+    using F = const float*;
+    if (half) gradient((H)g, (H)x, (H)q, (bfloat16*)out, blocks, *f, threads);
+    else gradient((F)g, (F)x, (F)q, (float*)out, blocks, *f, threads);
+}
+
+void latmix_codes(bool half, const void* x, uint8_t* out, uint8_t* scale_bytes, int64_t blocks, const Format* f,
+                  int threads) {
+    if (half) codes((const bfloat16*)x, out, scale_bytes, blocks, *f, threads);
+    else codes((const float*)x, out, scale_bytes, blocks, *f, threads);
+}
+
+// Memory fresh from the system comes in pages of 4 KiB, each at the price of an interrupt; whoever writes all of it does
+// better with 2 MiB. A hint: where it is refused, nothing changes.
+void latmix_expect_writing(char* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    char* page = (char*)((uintptr_t(memory) + 4095) & ~uintptr_t(4095));
+    madvise(page, memory + bytes - page, MADV_HUGEPAGE);
+#endif
+}
+}

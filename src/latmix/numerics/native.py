@@ -1,0 +1,114 @@
+"""`blocks.cpp`, compiled when first needed: what it covers, and how tensors get there and back.
+
+The system's C++ compiler takes a second or two, once per process, for all formats: a format is a struct of constants
+(`Constants`), so nothing is compiled anew for another one. The library needs no headers of torch and is called through
+ctypes, which costs a few microseconds. Given up: keeping it on disk between processes, where it would have to be told
+apart by compiler and processor; and scales that depend on more than a block's largest magnitude (NVFP4, "search").
+"""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latmix.numerics.formats import BlockFormat, Element
+
+SOURCE = Path(__file__).with_name("blocks.cpp")
+# No flag that changes a result: products and sums are not contracted, zeros keep their signs.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp")
+GRAIN = 1 << 17
+"""Elements that one thread works through before another is worth waking, which takes some 30 µs."""
+MAPPED = 1 << 25
+"""Bytes from which the C library takes memory fresh from the system, however often it was asked before."""
+
+
+ABOVE = 2.0**-23
+CARRIES: dict[str, Callable[[Element], float]] = {
+    "floor": lambda element: 2.0,
+    "ceil": lambda element: 1 + ABOVE,
+    "rceil": lambda element: element.max * 2.0**-element.emax + ABOVE,
+    "even": lambda element: 2 - 2.0 ** -(element.mantissa_bits + 1),
+}
+"""amax / p from which a rule of `latmix.numerics.scales` takes 2p. "More than c" is "from c + 2^-23 on": amax is a
+float32, and c has fewer bits."""
+
+
+class Constants(ctypes.Structure):
+    """`Format` of `blocks.cpp`."""
+
+    _fields_ = [
+        ("block", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("unit", "carry")),
+        *((name, ctypes.c_float) for name in ("max", "smallest_normal", "step", "code_unit")),
+        *((name, ctypes.c_int32) for name in ("away", "complement", "bits", "shift")),
+    ]
+
+
+def covers(tensors: Sequence[Tensor], fmt: BlockFormat) -> bool:
+    """Whether `blocks.cpp` computes a function of these tensors; they are of one shape."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor.device.type == "cpu"}
+    return fmt.scale in CARRIES and (dtypes == {torch.float32} or dtypes == {torch.bfloat16})
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Raises: OSError: no compiler. subprocess.CalledProcessError: it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "blocks.so"
+        subprocess.run(
+            ["c++", "-std=c++17", *FLAGS, "-shared", "-fPIC", SOURCE, "-o", target],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return ctypes.CDLL(str(target))
+
+
+@functools.cache
+def constants(fmt: BlockFormat) -> Constants:
+    element = fmt.element
+    return Constants(
+        block=fmt.block,
+        unit=2.0**-element.emax,
+        carry=CARRIES[fmt.scale](element),
+        max=element.max,
+        smallest_normal=element.smallest_normal,
+        step=2.0**-element.mantissa_bits,
+        code_unit=2.0 ** (element.bias - 127),
+        away=fmt.rounding == "away",
+        complement=element.complement,
+        bits=element.bits,
+        shift=23 - element.mantissa_bits,
+    )
+
+
+def quantized_values(x: Tensor, fmt: BlockFormat) -> Tensor:
+    out = _empty_like(x)
+    _call("latmix_values", x, out, fmt=fmt)
+    return out
+
+
+def scale_gradient(gradient: Tensor, x: Tensor, quantized: Tensor, fmt: BlockFormat) -> Tensor:
+    out = _empty_like(x)
+    _call("latmix_gradient", gradient, x, quantized, out, fmt=fmt)
+    return out
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    if out.nbytes >= MAPPED:
+        library().latmix_expect_writing(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
+    return out
+
+
+def _call(name: str, *tensors: Tensor, fmt: BlockFormat) -> None:
+    """The first tensor, whole blocks, decides about dtype and number of blocks."""
+    first, pointers = tensors[0], [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    half, blocks = first.dtype == torch.bfloat16, ctypes.c_int64(first.numel() // fmt.block)
+    threads = min(torch.get_num_threads(), 1 + first.numel() // GRAIN)
+    getattr(library(), name)(ctypes.c_bool(half), *pointers, blocks, ctypes.byref(constants(fmt)), threads)
