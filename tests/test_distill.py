@@ -1,13 +1,14 @@
 """Learning: the loss is the divergence it says, learning lowers it, and the same seed gives the same bits."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from latmix.archs import ARCHS
-from latmix.distill import Mapped, Step, divergence, learn, learning_rate, mean_divergence, volume
-from latmix.errors import LatmixError
+from latmix.distill import Answers, Mapped, Step, divergence, learn, learning_rate, mean_divergence, volume
+from latmix.errors import FailedError, LatmixError
 from latmix.model.attach import Attached, attach
 from latmix.model.checkpoint import share
 from latmix.model.fold import absorb_gains
@@ -52,6 +53,24 @@ def test_divergence_is_kl_and_top_k_of_everything_changes_nothing() -> None:
     torch.testing.assert_close(few, divergence(top, q.gather(-1, where)))
 
 
+@pytest.mark.parametrize("name", ARCHS.names())
+@pytest.mark.parametrize("stored", [False, True])
+def test_answers_are_the_models_own(name: str, stored: bool, tmp_path: Path) -> None:
+    model = tiny(name)
+    answers = Answers(model, WINDOWS, tmp_path / "answers" if stored else None)
+    rows = torch.tensor([9, 0, 4])
+    torch.testing.assert_close(answers.logits(rows), model(WINDOWS[rows]).logits)
+
+
+def test_answers_that_are_no_numbers_are_refused_by_the_window() -> None:
+    model = tiny("llama")
+    model.get_submodule("model.embed_tokens").weight[7] = math.nan
+    windows = torch.full((11, 8), 3)
+    windows[9, 5] = 7
+    with pytest.raises(FailedError, match="calibration window 9"):
+        Answers(model, windows)
+
+
 def test_schedule_warms_up_and_falls_to_a_tenth() -> None:
     learning = Learning(steps=100, lr=1.0)
     rates = [learning_rate(step, learning) for step in range(1, 101)]
@@ -66,7 +85,9 @@ def test_learning_lowers_the_divergence_and_keeps_the_best_step(form: str, lr: f
     attached, curve = run(f"{form}:init=identity", learning, weights=weights)
     measured = [step.held_out for step in curve if step.held_out is not None]
     assert min(measured) < 0.95 * measured[0]
-    assert mean_divergence(teacher(), Mapped(attached, 0.0), WINDOWS[8:]) == pytest.approx(min(measured), rel=1e-4)
+    held_out = WINDOWS[8:]
+    got = mean_divergence(Answers(teacher(), held_out), Mapped(attached, 0.0), held_out)
+    assert got == pytest.approx(min(measured), rel=1e-4)
 
 
 def test_same_seed_same_bits_and_accumulation_or_checkpointing_change_little() -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from latmix import recipes, targets
 from latmix.assets import CALIBRATION
 from latmix.data import calibration_windows, read_text, windows
-from latmix.distill import Mapped, Step, learn, mean_divergence, tune
+from latmix.distill import Answers, Mapped, Step, learn, mean_divergence, tune
 from latmix.errors import LatmixError
 from latmix.eval import Estimate, errors_of_run, score, size_of
 from latmix.layerwise import learn_layers
@@ -248,7 +248,7 @@ def _curve(path: Path, stage: str, steps: int, progress: Progress) -> Iterator[C
 def _float_change(reference: PreTrainedModel, attached: Attached, held_out: Int[Tensor, "held_out window"]) -> float:
     """KL of the model under the maps, nothing rounded: what an inexact map costs by itself."""
     with attached.unquantized():
-        return mean_divergence(reference, Mapped(attached, 0.0), held_out)
+        return mean_divergence(Answers(reference, held_out), Mapped(attached, 0.0), held_out)
 
 
 def _versions() -> dict[str, str | int | None]:

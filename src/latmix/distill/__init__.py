@@ -1,10 +1,13 @@
 """KL distillation to the unquantized model: of the maps before the weights are quantized, of what is free after."""
 
-from latmix.distill.loop import Step, Student, accumulate, divergence, learning_rate, mean_divergence, objective
+from latmix.distill.answers import Answers
+from latmix.distill.loop import Step, Student, accumulate, mean_divergence
 from latmix.distill.maps import Mapped, learn, volume
+from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.tune import tune
 
 __all__ = [
+    "Answers",
     "Mapped",
     "Step",
     "Student",

@@ -1,0 +1,55 @@
+"""The teacher's answers: its distribution over the next token on every window, computed once for all epochs.
+
+What is kept is the hidden state that its head reads, not the logits: with 4096 numbers a token instead of 128,000 it is
+as small as a list of the thousand likeliest tokens, and gives the whole distribution, or its top k, without a loss. The
+head is applied again at each use. Given up: the head's share of the teacher's forward, a few per cent for large models.
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from latmix.errors import FailedError
+
+BATCH = 8  # windows in a forward
+
+
+class Answers:
+    """What an unquantized model says of these windows.
+
+    Args:
+        scratch: a file to keep the hidden states in, mapped into memory: nobody needs it afterwards. None: in memory.
+
+    Cost: one forward of every window; windows · window · hidden size numbers in the model's dtype.
+
+    Raises:
+        FailedError: the model gives NaN or infinity; names the first such window.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, teacher: PreTrainedModel, windows: Int[Tensor, "windows window"], scratch: Path | None = None
+    ) -> None:
+        self._head = teacher.get_output_embeddings()
+        shape, dtype = (*windows.shape, teacher.config.hidden_size), teacher.dtype
+        if scratch is None:
+            self._hidden = torch.empty(shape, dtype=dtype)
+        else:
+            count = windows.numel() * teacher.config.hidden_size
+            self._hidden = torch.from_file(str(scratch), shared=True, size=count, dtype=dtype).view(shape)
+        for start in range(0, len(windows), BATCH):
+            ids = windows[start : start + BATCH].to(teacher.device)
+            hidden = teacher.base_model(ids, use_cache=False).last_hidden_state
+            if not (finite := hidden.isfinite().flatten(1).all(1)).all():
+                first = start + int((~finite).nonzero()[0])
+                raise FailedError(f"The unquantized model gives NaN or infinity on calibration window {first}.")
+            self._hidden[start : start + BATCH] = hidden
+
+    @torch.no_grad()
+    def logits(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch window vocabulary"]:
+        """Of these windows, on the model's device."""
+        logits: Tensor = self._head(self._hidden[rows].to(self._head.weight.device))
+        return logits
