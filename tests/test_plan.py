@@ -86,7 +86,7 @@ def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
     with pytest.raises(latmix.LatmixError, match="is not a folder"):
         plan(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_70B, "hidden_size": "wide"}))
-    with pytest.raises(latmix.LatmixError, match="makes no model"):
+    with pytest.raises(latmix.LatmixError, match="says hidden_size is 'wide'"):
         plan(tmp_path)
 
 

@@ -52,7 +52,7 @@ def test_learning_can_be_switched_on_and_off() -> None:
         ("learning.steps", "1.5", "takes int, not 1.5"),
         ("target", "1", "Recipe key 'target' takes str, not 1"),
         ("calibration.windows", "0", "'calibration.windows' is 0; it must be at least 1"),
-        ("learning.lr", "NaN", "'learning.lr' is nan; it must be at least 0"),
+        ("learning.lr", "NaN", "'learning.lr' takes a number of at most"),
         ("learning.accumulation", "9", "'learning.accumulation' is 9, above learning.batch"),
         ("learning.top_k", "1", "'learning.top_k' is 1; it must be at least 2"),
         ("folded", "lu", "Recipe key 'folded' takes"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from latmix.errors import InputError
-from latmix.typed import build, replaced
+from latmix.typed import build, parsed, replaced
 
 OBJECTIVES = ("kl", "cross-entropy")
 
@@ -189,8 +189,8 @@ class Recipe:
 def from_json(text: str) -> Recipe:
     """Raises: LatmixError: not JSON, a key that no recipe has, or a value of the wrong type."""
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = parsed(text)
+    except ValueError as error:
         raise InputError(f"The recipe is not JSON: {error}.") from error
     recipe: Recipe = build(Recipe, values)
     return recipe

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latmix.errors import LatmixError
+from latmix.typed import parsed
 
 RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
 METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
@@ -66,10 +67,10 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> Any:
     """Raises: LatmixError: missing or not JSON."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return parsed(path.read_text("utf-8"))
     except FileNotFoundError:
         raise LatmixError(f"'{path}' is missing.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise LatmixError(f"'{path}' cannot be read as JSON: {error}.") from error
 
 

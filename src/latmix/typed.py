@@ -11,6 +11,9 @@ from latmix.errors import InputError
 
 Value = TypeVar("Value")
 
+EXACT = 2**53
+"""The largest number up to which JSON carries every integer exactly (RFC 8259, section 6)."""
+
 
 def replaced(value: Value, settings: Mapping[str, str]) -> Value:
     """The dataclass with fields replaced by dotted keys: `{"learning.steps": "50", "folded.values": "qr"}`.
@@ -26,7 +29,7 @@ def replaced(value: Value, settings: Mapping[str, str]) -> Value:
         place, hint = values, type(value)
         for name in path:
             hint = _hint(hint, name, key)
-            if place[name] is None:
+            if place.get(name) is None:
                 place[name] = {}
             place = place[name]
         _hint(hint, last, key)
@@ -56,20 +59,30 @@ def build(hint: Any, value: Any, key: str = "") -> Any:
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple, str)):
         words = [word for word in value.split(",") if word] if isinstance(value, str) else value
         return tuple(build(str, word, key) for word in words)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind in (int, float) and type(value) in (int, float) and not -EXACT <= value <= EXACT:  # NaN too
+        raise InputError(f"Recipe key '{key}' takes a number of at most 2⁵³, not {value!r:.40}.")
+    if kind is float and type(value) is int:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
-    raise InputError(f"Recipe key '{key}' takes {getattr(kind, '__name__', kind)}, not {value!r}.")
+    raise InputError(f"Recipe key '{key}' takes {getattr(kind, '__name__', kind)}, not {value!r:.80}.")
 
 
 def _value(text: str) -> Any:
     if text.lower() in ("none", "true", "false"):
         return {"none": None, "true": True, "false": False}[text.lower()]
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parsed(text)
+    except ValueError:
         return text
+
+
+def parsed(text: str) -> Any:
+    """JSON from a stranger. Raises: ValueError: it is none, or nested too deeply, or a number too long to read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _concrete(hint: Any) -> Any:

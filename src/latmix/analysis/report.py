@@ -14,6 +14,7 @@ from typing import Any
 from latmix.analysis.svg import Words, heat, lines, pairs
 from latmix.errors import DamagedError, InputError, WriteError
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TUNING, is_run, read_json
+from latmix.typed import parsed
 
 CURVES = {"Learning": METRICS, "Tuning": TUNING}
 
@@ -38,6 +39,10 @@ def report(runs: Sequence[Path], out: Path) -> Path:
     page = render([read(run) for run in runs])
     try:
         out.write_text(page, "utf-8")
+    except UnicodeEncodeError as error:
+        raise DamagedError(
+            f"A run's {RECIPE} or {SUMMARY} holds characters that no page can: {error.reason}."
+        ) from error
     except OSError as error:
         raise WriteError(f"Cannot write '{out}': {error.strerror}.") from error
     return out
@@ -48,15 +53,21 @@ def read(run: Path) -> Record:
     if not is_run(run):
         raise InputError(f"'{run}' is not a run directory: it has no {RECIPE}.")
     curves = {title: _steps(run / file) for title, file in CURVES.items()}
-    return Record(run.name, read_json(run / RECIPE), read_json(run / SUMMARY), curves)
+    recipe, summary = (read_json(run / name) for name in (RECIPE, SUMMARY))
+    if not isinstance(recipe, dict) or not isinstance(summary, dict):
+        raise DamagedError(f"The {RECIPE} or {SUMMARY} of '{run}' is no JSON object.")
+    return Record(run.name, recipe, summary, curves)
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
     """The learning curve of a stage; empty where the run had none."""
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        steps = [parsed(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
         raise DamagedError(f"'{path}' is damaged: {error}.") from error
+    if not all(isinstance(step, dict) for step in steps):
+        raise DamagedError(f"'{path}' is damaged: a line is no step.")
+    return steps
 
 
 def render(records: Sequence[Record]) -> str:
@@ -64,9 +75,9 @@ def render(records: Sequence[Record]) -> str:
     try:
         curves = [_learning(title, records) for title in CURVES]
         sections = [_comparison(records), *curves, *(_run(record) for record in records)]
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DamagedError(
-            f"A run's {SUMMARY} or {METRICS} is damaged or of another version: {error} is missing."
+            f"A run's {RECIPE}, {SUMMARY} or {METRICS} is damaged or of another version: {error!r}."
         ) from error
     style = (Path(__file__).parent / "report.css").read_text("utf-8")
     title = "latmix: " + ", ".join(escape(record.name) for record in records)

@@ -45,7 +45,7 @@ def places(arch: Arch, count: int, word: str) -> list[Place]:
         inputs = [name]
     else:
         raise InputError(f"Unknown site or input '{name}'; known: {', '.join([*sites, *inputs])}.")
-    if slash and not (layer.isdecimal() and int(layer) < count):
+    if slash and layer not in map(str, range(count)):
         raise InputError(f"'{word}' names no layer; this model has layers 0 to {count - 1}.")
     chosen = [int(layer)] if slash else range(count)
     return [Place(input, index) for index in chosen for input in inputs]

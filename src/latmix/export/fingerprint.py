@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from latmix.assets import EVALUATION
 from latmix.data import read_text, windows
+from latmix.errors import DamagedError
 from latmix.model.load import Loaded
 from latmix.pipeline import restore
 
@@ -60,12 +61,16 @@ def take(run: Path, folder: Path) -> None:
 
 
 def read(folder: Path) -> Fingerprint:
-    with safe_open(folder / FILE, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        text = json.loads(file.metadata()["text"])
-    ids = tensors["windows"]
-    prompt = ids[0, : min(PROMPT, ids.shape[1])].tolist()
-    request = {"windows": ids.tolist(), "prompt": prompt, "continue": len(tensors["greedy"]), "text": text}
+    """Raises: DamagedError: it is not what `take` wrote."""
+    try:
+        with safe_open(folder / FILE, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            text = json.loads(file.metadata()["text"])
+        ids = tensors["windows"]
+        prompt = ids[0, : min(PROMPT, ids.shape[1])].tolist()
+        request = {"windows": ids.tolist(), "prompt": prompt, "continue": len(tensors["greedy"]), "text": text}
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise DamagedError(f"'{folder / FILE}' is damaged: {error!r}.") from error
     return Fingerprint(tensors, request)
 
 

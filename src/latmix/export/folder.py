@@ -16,6 +16,7 @@ from latmix.export import card, fingerprint
 from latmix.export.base import EXPORTS
 from latmix.export.shards import PLAN, begin, digest, finish, plan_of
 from latmix.export.source import Source, open_run
+from latmix.model.shards import is_bare
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, read_json, write_json
 from latmix.targets import TARGETS, refuse
 
@@ -86,16 +87,29 @@ def open_export(folder: Path) -> dict[str, Any]:
     found = manifest.get("version") if isinstance(manifest, dict) else None
     if found != VERSION:
         raise DamagedError(f"The export '{folder}' has version {found}; this latmix reads version {VERSION}.")
-    for name, entry in manifest["files"].items():
+    if not isinstance(manifest.get("engines"), list):
+        raise DamagedError(f"'{folder / MANIFEST}' is damaged: it names no engines.")
+    for name, size, checksum in _files(manifest, folder):
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"The export '{folder}' is incomplete: '{name}' is missing.")
-        if file.stat().st_size != entry["bytes"]:
-            raise DamagedError(f"'{file}' is cut short or changed: {file.stat().st_size} bytes of {entry['bytes']}.")
-        if digest(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            raise DamagedError(f"'{file}' is cut short or changed: {file.stat().st_size} bytes of {size}.")
+        if digest(file) != checksum:
             raise DamagedError(f"'{file}' has been changed since the export: its SHA-256 differs from {MANIFEST}.")
     checked: dict[str, Any] = manifest
     return checked
+
+
+def _files(manifest: dict[str, Any], folder: Path) -> list[tuple[str, Any, Any]]:
+    """Name, size and SHA-256 of what is under checksum. Raises: DamagedError: the manifest is not as it was written."""
+    try:
+        files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise DamagedError(f"'{folder / MANIFEST}' is damaged: {error!r}.") from error
+    if strange := [name for name, *_ in files if not is_bare(name)]:
+        raise DamagedError(f"'{folder / MANIFEST}' names '{strange[0]}', which is no file of the folder.")
+    return files
 
 
 @dataclasses.dataclass(frozen=True)

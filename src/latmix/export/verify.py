@@ -67,8 +67,8 @@ def verify(folder: Path, engine: str | None = None, python: str | None = None) -
     Raises: LatmixError: a damaged export, an engine that cannot load it or is not installed.
     """
     manifest = open_export(folder)
-    engines: list[str] = manifest["engines"]
-    engine = engine or engines[0]
+    engines = [name for name in MODULES if name in manifest["engines"]]
+    engine = engine or next((name for name in manifest["engines"] if name in engines), "")
     if engine not in engines:
         raise InputError(f"The engine '{engine}' cannot serve '{folder}'; choose from {', '.join(engines)}.")
     expected = fingerprint.read(folder)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from latmix.archs import ARCHS, Arch
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError, InputError
 from latmix.model.shards import stored_tensors
+from latmix.model.sizes import check_config
 from latmix.rundir import read_json
 
 
@@ -46,13 +47,19 @@ def load(path: Path | str) -> Loaded:
     stored_tensors(path)
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise LatmixError(f"The checkpoint in '{path}' cannot be loaded: {error}") from error
+        raise DamagedError(f"The checkpoint in '{path}' cannot be loaded: {error}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
-        raise LatmixError(f"The checkpoint in '{path}' lacks {len(missing)} tensors, among them '{missing[0]}'.")
+        raise DamagedError(f"The checkpoint in '{path}' lacks {len(missing)} tensors, among them '{missing[0]}'.")
     check_finite(model, path)
     return Loaded(model.to(pick_device()).eval().requires_grad_(False), arch, load_tokenizer(path), path)
 
@@ -60,11 +67,12 @@ def load(path: Path | str) -> Loaded:
 def read_arch(path: Path) -> Arch:
     """Raises: LatmixError: no folder, no config, or a family that is not declared."""
     if not path.is_dir():
-        raise LatmixError(f"The model '{path}' is not a folder; give a local Hugging Face checkpoint folder.")
+        raise InputError(f"The model '{path}' is not a folder; give a local Hugging Face checkpoint folder.")
     config = read_json(path / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
-        raise LatmixError(f"'{path / 'config.json'}' names no model_type; known architectures: {', '.join(ARCHS)}.")
+        raise InputError(f"'{path / 'config.json'}' names no model_type; known architectures: {', '.join(ARCHS)}.")
+    check_config(config, path / "config.json")
     return ARCHS[kind]
 
 
@@ -74,13 +82,13 @@ def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     # Of a bare SentencePiece file AutoTokenizer makes a generic tokenizer, which drops the space before a first word.
     kind = transformers.LlamaTokenizer if bare else transformers.AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise LatmixError(f"No tokenizer could be loaded from '{path}': {error}") from error
+        tokenizer = kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the parser, in Rust, raises nothing more special
+        raise DamagedError(f"No tokenizer could be loaded from '{path}': {error}") from error
     return tokenizer
 
 
 def check_finite(model: nn.Module, path: Path) -> None:
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
-            raise LatmixError(f"The tensor '{name}' in '{path}' holds NaN or infinity.")
+            raise DamagedError(f"The tensor '{name}' in '{path}' holds NaN or infinity.")

@@ -6,7 +6,6 @@ comes from. Names in an index are file names, never paths. Symbolic links are fo
 them, and a link is the doing of whoever unpacked the folder. Format: github.com/huggingface/safetensors, "Format".
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from latmix.errors import DamagedError
 from latmix.rundir import read_json
+from latmix.typed import parsed
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEADER = 100_000_000
@@ -71,8 +71,8 @@ def read_header(shard: Path) -> dict[str, Stored]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(HEADER, size - 8):
                 raise DamagedError(f"'{shard}' is cut short or is no safetensors file.")
-            header = json.loads(file.read(length).decode())
-    except (OSError, ValueError, RecursionError) as error:
+            header = parsed(file.read(length).decode())
+    except (OSError, ValueError) as error:
         raise DamagedError(f"'{shard}' has a damaged safetensors header: {error}.") from error
     if not isinstance(header, dict):
         raise DamagedError(f"'{shard}' has a damaged safetensors header: it is no JSON object.")
@@ -91,12 +91,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(places, dict) or not places:
         raise DamagedError(f"'{index}' has no weight_map.")
     for name in places.values():
-        if not isinstance(name, str) or not name.endswith(".safetensors") or not _bare(name):
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not is_bare(name):
             raise DamagedError(f"'{index}' names the shard {name!r}; a shard is a .safetensors file beside the index.")
     return places
 
 
-def _bare(name: str) -> bool:
+def is_bare(name: str) -> bool:
     """A file's name and nothing else, on any system."""
     return name.isprintable() and not any(sign in name for sign in "/\\:")
 

@@ -117,8 +117,8 @@ class BlockFormat:
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise InputError(f"{self.name}: unknown {key} '{getattr(self, key)}'; known: {', '.join(known)}.")
-        if self.block < 1:
-            raise InputError(f"{self.name}: block is {self.block}; it must be a positive integer.")
+        if not 1 <= self.block <= BLOCKS:
+            raise InputError(f"{self.name}: block is {self.block}; it must be a positive integer up to {BLOCKS}.")
 
     def __str__(self) -> str:
         default = FORMATS[self.name]
@@ -143,6 +143,7 @@ class BlockFormat:
 
 
 _KEYS = ("block", "scale", "rounding")
+BLOCKS = 2**16  # a tensor is padded to whole blocks
 E8M0 = tuple(2.0**exponent for exponent in range(-127, 128))
 
 ELEMENTS: Registry[Element] = Registry("element")
@@ -190,7 +191,7 @@ def parse_format(text: str | BlockFormat | None) -> BlockFormat | None:
         if key not in _KEYS:
             raise InputError(f"{name}: unknown property '{key}'; known: {', '.join(_KEYS)}.")
         if key == "block":
-            if not (value.isascii() and value.isdigit()):
-                raise InputError(f"{name}: block is '{value}'; it must be a positive integer.")
+            if not (value.isascii() and value.isdigit() and len(value) <= len(str(BLOCKS))):
+                raise InputError(f"{name}: block is '{value}'; it must be a positive integer up to {BLOCKS}.")
             changes[key] = int(value)
     return dataclasses.replace(FORMATS[name], **changes)  # type: ignore[arg-type]

@@ -30,11 +30,14 @@ def find(name_or_file: str | Recipe) -> Recipe:
         return name_or_file
     if name_or_file in RECIPES:
         return RECIPES[name_or_file]()
-    if (path := Path(name_or_file)).is_file():
-        try:
+    path = Path(name_or_file)
+    try:
+        if path.is_file():
             return from_json(path.read_text("utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"The recipe file '{path}' is not UTF-8 text.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The recipe file '{path}' is not UTF-8 text.") from error
+    except OSError as error:
+        raise InputError(f"The recipe file '{path}' cannot be read: {error.strerror}.") from error
     raise InputError(f"Unknown recipe '{name_or_file}'; known: {', '.join(RECIPES)}, or a JSON file.")
 
 

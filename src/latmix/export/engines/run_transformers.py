@@ -16,12 +16,14 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
     if ours:
         import latmix  # noqa: F401  (registers the quantizer)
     dtype = torch.float32 if ours else torch.bfloat16
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    ).eval()
     if not ours:  # compressed-tensors decodes weights in the first forward, to bfloat16, which holds them exactly
         with torch.no_grad():
             model(torch.tensor([request["prompt"]]))
         torch.nn.Module.float(model)  # transformers forbids its own `float` here
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with torch.no_grad():
         found = [model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1) for ids in request["windows"]]
     prompt = torch.tensor([request["prompt"]])
