@@ -32,7 +32,7 @@ from latmix.model.inputs import quantize_inputs
 from latmix.model.layout import layout_of
 from latmix.model.load import Loaded, load
 from latmix.model.maps import Maps, build_maps, reports
-from latmix.model.parts import layers, linear
+from latmix.model.parts import layers, linear, linears
 from latmix.numerics import kernels, parse_format
 from latmix.progress import Progress
 from latmix.recipe import Recipe, override
@@ -101,13 +101,14 @@ def quantize(
         student, maps, float_change = _transform(loaded, taught, held_out, recipe, folder, stages, progress)
         with stages.stage("quantize"):
             progress.stage("quantize", len(layers(student, loaded.arch)))
+            unrounded = {p: place.weight for p, place in linears(student, loaded.arch).items()} if recipe.tuning else {}
             quantized = quantize_weights(
                 student, loaded.arch, taught, quantizer, weights, lambda layer: progress.advance(f"layer {layer}")
             )
         if recipe.tuning is not None:
             with stages.stage("tune"), _curve(folder / TUNING, "tune", recipe.tuning.steps, progress) as record:
                 arguments = (loaded.model, taught, held_out, recipe.tuning, recipe.seed, record)
-                quantized = tune(student, loaded.arch, quantized, *arguments)
+                quantized = tune(student, loaded.arch, quantized, unrounded, *arguments)
                 checkpoint.round_kept(student, loaded.arch)
         with stages.stage("save"):
             checkpoint.save(student, quantized, loaded.tokenizer, folder)

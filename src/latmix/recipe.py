@@ -112,16 +112,19 @@ class Tuning(Distillation):
         codes_lr: peak learning rate of a code's move; half a unit flips it.
     """
 
+    steps: int = 300
+    lr: float = 2e-3
     kept: tuple[str, ...] = ("gains", "embedding", "head")
     biases: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     codes: bool = True
-    codes_lr: float = 2e-2
+    codes_lr: float = 7e-3
+    scales_lr: float = 3e-3
 
     key: ClassVar[str] = "tuning"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self.key, self, codes_lr=0)
+        _at_least(self.key, self, codes_lr=0, scales_lr=0)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The weights stand on their grid, the activations are rounded as they will be, and the loss is the model's own KL: no
 layer-wise proxy is left. Source of the idea: norm and bias tuning of quantized networks (Norm Tweaking, 2309.02784) and
-learned rounding (AdaRound, 2004.10568), here end to end on KL and on MX codes under fixed scales.
+learned rounding (AdaRound, 2004.10568), here end to end on KL and on MX codes and scales.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,14 +20,15 @@ from latmix.recipe import Tuning
 
 
 class Freed(Student):
-    """A quantized model whose free parts learn; codes at a rate of their own."""
+    """A quantized model whose free parts learn; codes and scales at rates of their own."""
 
-    def __init__(self, model: PreTrainedModel, parts: Free, codes_rate: float) -> None:
-        self.model, self.learned, self._parts, self._codes_rate = model, parts, parts, codes_rate
+    def __init__(self, model: PreTrainedModel, parts: Free, tuning: Tuning) -> None:
+        self.model, self.learned, self._parts, self._tuning = model, parts, parts, tuning
 
     def groups(self) -> list[dict[str, Any]]:
-        groups = [(self._parts.kept, 1.0), (self._parts.moves, self._codes_rate)]
-        return [{"params": list(part.values()), "rate": rate} for part, rate in groups if len(part)]
+        parts, tuning = self._parts, self._tuning
+        groups = [(parts.kept, tuning.lr), (parts.latents, tuning.codes_lr), (parts.exponents, tuning.scales_lr)]
+        return [{"params": list(part.values()), "rate": lr / tuning.lr} for part, lr in groups if len(part)]
 
     def stepped(self) -> None:
         self._parts.clamp()
@@ -37,6 +38,7 @@ def tune(
     model: PreTrainedModel,
     arch: Arch,
     quantized: Mapping[str, Quantized],
+    unrounded: Mapping[str, Tensor],
     teacher: PreTrainedModel,
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
@@ -46,9 +48,12 @@ def tune(
 ) -> dict[str, Quantized]:
     """Tune the free parts of a quantized model in place; returns all codes, moved ones included.
 
-    Cost: as `distill`; with codes, Adam's two moments and three more copies of every quantized weight.
+    Args:
+        unrounded: what the weights were rounded from, by path.
+
+    Cost: as `distill`; with codes, Adam's two moments and five more copies of every quantized weight.
     Raises: LatmixError: an unknown part, or the loss is not finite.
     """
-    parts = free(model, arch, quantized, tuning.kept, tuning.biases, tuning.codes)
-    distill(Freed(model, parts, tuning.codes_lr / tuning.lr), teacher, windows, held_out, tuning, seed, on_step)
+    parts = free(model, arch, quantized, tuning.kept, tuning.biases, unrounded if tuning.codes else {})
+    distill(Freed(model, parts, tuning), teacher, windows, held_out, tuning, seed, on_step)
     return {**quantized, **parts.settle()}

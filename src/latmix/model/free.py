@@ -1,82 +1,43 @@
 """What is still free once the weights are quantized: everything that inference computes anyway.
 
-Biases, norm gains, embedding and head are stored in bfloat16 and cost nothing to change. Codes are free in another
-sense: GPTQ chose each to serve its own layer, and a neighbour on the grid, under the same scale, may serve the model
-better. `free` makes the chosen parts of a quantized model learnable, in place; `Free.settle` makes it plain again.
+Biases, norm gains, embedding and head are stored in bfloat16 and cost nothing to change. Codes and scales are free in
+another sense: GPTQ chose each to serve its own layer, and a neighbour may serve the model better (`model.latent`).
+`free` makes the chosen parts of a quantized model learnable, in place; `Free.settle` makes it plain again.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from transformers import PreTrainedModel
 
 from latmix.archs import Arch
 from latmix.errors import InputError
+from latmix.model.latent import Latent
 from latmix.model.parts import layers, linear
-from latmix.numerics import Quantized, decode_scales, encode, neighbours
+from latmix.numerics import Quantized
 
 KEPT = ("gains", "embedding", "head")
 """Parts that keep their full precision, by the word in a recipe."""
 
 
-class Moves(nn.Module):
-    """Parametrization of a quantized weight by moves in [-1, 1], rounded to -1, 0 or 1 steps along the grid.
-
-    The gradient passes the rounding straight through, with half the distance between the neighbours as slope.
-    Memory: four times the weight.
-    """
-
-    below: Tensor
-    weight: Tensor
-    above: Tensor
-
-    def __init__(self, quantized: Quantized) -> None:
-        super().__init__()
-        for name, values in zip(("below", "weight", "above"), neighbours(quantized), strict=True):
-            self.register_buffer(name, values.float(), persistent=False)
-
-    def right_inverse(self, weight: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
-        """No code has moved yet."""
-        return torch.zeros_like(weight)
-
-    def forward(self, move: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
-        moved: Tensor = _Move.apply(move, self.below, self.weight, self.above)  # type: ignore[no-untyped-call]
-        return moved
-
-
-class _Move(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, move: Tensor, below: Tensor, weight: Tensor, above: Tensor) -> Tensor:
-        ctx.save_for_backward(below, above)
-        return torch.where(move > 0.5, above, torch.where(move < -0.5, below, weight))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        below, above = ctx.saved_tensors
-        return gradient * (above - below) * 0.5, None, None, None
-
-
 class Free(nn.Module):
     """The learnable parts of a quantized model, by kind; the model borrows them."""
 
-    def __init__(
-        self, kept: Mapping[str, nn.Parameter], movable: Mapping[str, nn.Linear], quantized: Mapping[str, Quantized]
-    ) -> None:
+    def __init__(self, kept: Mapping[str, nn.Parameter], movable: Mapping[str, nn.Linear]) -> None:
         super().__init__()
-        moves = {path: _move(place) for path, place in movable.items()}
-        self.kept = nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in kept.items()})
-        self.moves = nn.ParameterDict({path.replace(".", "/"): move for path, move in moves.items()})
-        self._movable, self._quantized = dict(movable), quantized  # a plain dict: these are the model's modules
+        self.kept = nn.ParameterDict({_key(name): parameter for name, parameter in kept.items()})
+        self.latents = nn.ParameterDict({_key(path): _latent(place)[1] for path, place in movable.items()})
+        self.exponents = nn.ParameterDict({_key(path): _latent(place)[2] for path, place in movable.items()})
+        self._movable = dict(movable)  # a plain dict: these are the model's modules
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Codes move to their neighbours and no further."""
-        for move in self.moves.values():
-            move.clamp_(-1.0, 1.0)
+        """Codes move to their neighbours, scales by one power of two, and no further."""
+        for place in self._movable.values():
+            latent, *parameters = _latent(place)
+            latent.clamp_(*parameters)
 
     @torch.no_grad()
     def settle(self) -> dict[str, Quantized]:
@@ -85,10 +46,9 @@ class Free(nn.Module):
             parameter.requires_grad_(False)
         settled: dict[str, Quantized] = {}
         for path, place in self._movable.items():
+            latent, *parameters = _latent(place)
+            settled[path] = latent.settled(*parameters)
             remove_parametrizations(place, "weight", leave_parametrized=True)
-            old = self._quantized[path]
-            scales = decode_scales(old.scales, old.format, old.tensor_scale)
-            settled[path] = encode(place.weight, old.format, scales, old.tensor_scale)
             place.weight.requires_grad_(False)
         return settled
 
@@ -99,14 +59,14 @@ def free(
     quantized: Mapping[str, Quantized],
     kept: tuple[str, ...],
     biases: tuple[str, ...],
-    codes: bool,
+    unrounded: Mapping[str, Tensor],
 ) -> Free:
     """Make parts of a quantized model learnable, in place.
 
     Args:
         kept: of `KEPT`. The head's bias, where the maps gave it one, belongs to the head.
         biases: inputs of the architecture whose readers get a bias to learn (zero where they had none).
-        codes: let every code move to a neighbour.
+        unrounded: by path, what the weights were rounded from: their codes and scales may move.
 
     Raises: LatmixError: an unknown part or input; lists the known.
     """
@@ -126,12 +86,11 @@ def free(
                 if place.bias is None:
                     place.bias = nn.Parameter(place.weight.new_zeros(place.out_features), requires_grad=False)
                 parameters[f"{path}.bias"] = _thaw(place, "bias")
-            if codes:
-                _thaw(place, "weight")  # parametrizing works in place
-                register_parametrization(place, "weight", Moves(quantized[path]))
-                _move(place).requires_grad_(True)
+            if path in unrounded:
+                place.weight = nn.Parameter(unrounded[path].clone())
+                register_parametrization(place, "weight", Latent(quantized[path]))
                 movable[path] = place
-    return Free(parameters, movable, quantized)
+    return Free(parameters, movable)
 
 
 def _owners(model: PreTrainedModel, arch: Arch, part: str) -> list[str]:
@@ -145,10 +104,16 @@ def _owners(model: PreTrainedModel, arch: Arch, part: str) -> list[str]:
     return [{"embedding": arch.embedding, "head": arch.head}[part]]
 
 
-def _move(place: nn.Linear) -> nn.Parameter:
-    """What learns under the parametrization of its weight."""
-    move: nn.Parameter = place.get_parameter("parametrizations.weight.original")
-    return move
+def _latent(place: nn.Linear) -> tuple[Latent, nn.Parameter, nn.Parameter]:
+    """The parametrization of its weight, and what learns under it: latents and exponents."""
+    owner = "parametrizations.weight"
+    latent = place.get_submodule(f"{owner}.0")
+    assert isinstance(latent, Latent)
+    return latent, place.get_parameter(f"{owner}.original0"), place.get_parameter(f"{owner}.original1")
+
+
+def _key(path: str) -> str:
+    return path.replace(".", "/")  # no dots in the names of parameters
 
 
 def _thaw(module: nn.Module, name: str) -> nn.Parameter:

@@ -17,3 +17,9 @@ def linear(owner: nn.Module, path: str) -> nn.Linear:
     if not isinstance(found, nn.Linear):
         raise InputError(f"'{path}' is a {type(found).__name__}, not a linear; is something attached already?")
     return found
+
+
+def linears(model: nn.Module, arch: Arch) -> dict[str, nn.Linear]:
+    """Every quantized linear by its path, in the order of computation."""
+    every = enumerate(layers(model, arch))
+    return {f"{arch.layers}.{i}.{name}": linear(layer, name) for i, layer in every for name in arch.linears}

@@ -3,6 +3,7 @@
 import dataclasses
 
 from latmix.recipe import Learning, Recipe, Tuning
+from latmix.recipes.plain import block_hadamard
 from latmix.recipes.registry import preset
 
 ONLINE = {"down": "block-hadamard"}  # T3, the method's one online operation
@@ -22,11 +23,12 @@ def latmix_qr() -> Recipe:
 
 @preset
 def latmix_plus() -> Recipe:
-    """latmix-qr, and after GPTQ all that is free at inference tuned on KL: gains, biases, embedding, head, codes.
+    """Block-Hadamard folded, GPTQ, then all that is free tuned on KL: gains, biases, embedding, head, codes, scales.
 
-    Not published. Same format and online operation as latmix-qr.
+    Not published. Same format and online operation as LATMiX; no map is learned, since tuning wins what one would
+    (docs/results/ablation.md).
     """
-    return dataclasses.replace(_latmix("qr"), name="latmix-plus", tuning=Tuning())
+    return dataclasses.replace(block_hadamard(), name="latmix-plus", tuning=Tuning())
 
 
 def _latmix(form: str) -> Recipe:
