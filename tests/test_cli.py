@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from latmix.recipes import DEFAULT
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION, OTHER
 
@@ -21,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_quantize_then_evaluate(model: Path, tmp_path: Path) -> None:
-    chosen = [f"--set={key}={value}" for key, value in settings("latmix-lu").items()]
+    chosen = [f"--set={key}={value}" for key, value in settings(DEFAULT).items()]
     run, report = tmp_path / "run", tmp_path / "report.json"
     done = latmix("quantize", model, "--out", run, "--calibration", CALIBRATION, "--seed", "3", *chosen)
     assert done.returncode == 0, done.stderr

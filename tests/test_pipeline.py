@@ -27,6 +27,8 @@ FAST = {
     "layerwise.epochs": "1",
     "learning.steps": "3",
     "learning.batch": "2",
+    "tuning.steps": "3",
+    "tuning.batch": "2",
 }
 
 

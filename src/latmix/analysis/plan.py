@@ -67,7 +67,7 @@ class Plan:
         return max(0, min(self.longest, int((device_bytes - checkpoint.device) // self.cache_per_token)))
 
 
-def plan(model: Path | str, recipe: Recipe | str = "latmix-lu", formats: tuple[str, ...] = ()) -> Plan:
+def plan(model: Path | str, recipe: Recipe | str = recipes.DEFAULT, formats: tuple[str, ...] = ()) -> Plan:
     """Formats: those of `latmix list formats` unless given.
 
     Raises: LatmixError: no or broken config, unknown architecture, recipe or format.
@@ -170,8 +170,10 @@ def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.
     }
     rate = _flops()
     seconds = {"quantize": 2 * packed * tokens * (1 + len(arch.inputs) / 2) / rate if hessians else 0.0}
-    # beside the two models: maps and what is made of the linears under them; or codes, their gradient, Adam's moments
-    for name, stage, beside in (("learn", recipe.learning, 2 * moved), ("tune", recipe.tuning, 4 * FULL * packed)):
+    # beside the two models: maps and what is made of the linears under them; or the unrounded weights, latents with
+    # gradient, Adam's moments and three limits, and what their rounding keeps for it
+    tuned = 10 * FULL * packed if recipe.tuning and recipe.tuning.codes else FULL * packed
+    for name, stage, beside in (("learn", recipe.learning, 2 * moved), ("tune", recipe.tuning, tuned)):
         if stage is not None:
             batch = math.ceil(stage.batch / stage.accumulation) * window
             kept = 0 if stage.checkpointing else batch * per_token  # fused attention keeps no matrix of scores

@@ -16,6 +16,7 @@ from latmix.cli.app import app
 from latmix.cli.run import Model
 from latmix.cli.terminal import TerminalProgress
 from latmix.numerics import parse_format
+from latmix.recipes import DEFAULT
 
 
 @app.command()
@@ -59,7 +60,7 @@ def plan(
         list[str] | None, typer.Option(help="A format (latmix list formats); all unless given. Repeatable.")
     ] = None,
     device_memory: Annotated[float, typer.Option(help="Memory of one device, in GB (10⁹ bytes).")] = 24.0,
-    recipe: Annotated[str, typer.Option(help="A preset or a JSON file.")] = "latmix-lu",
+    recipe: Annotated[str, typer.Option(help="A preset or a JSON file.")] = DEFAULT,
 ) -> None:
     """What fits where, and what quantizing will need here: from config.json alone, no weights are read."""
     found = make_plan(model, recipe, tuple(format or ()))

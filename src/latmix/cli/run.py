@@ -11,6 +11,7 @@ import latmix
 from latmix import demo, rundir
 from latmix.cli.app import app
 from latmix.cli.terminal import TerminalProgress, score_table, settings
+from latmix.recipes import DEFAULT
 
 Model = Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint folder.")]
 
@@ -31,7 +32,7 @@ def demo_command(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(help="New run directory.")],
-    recipe: Annotated[str, typer.Option(help="A preset (latmix list recipes) or a JSON file.")] = "latmix-lu",
+    recipe: Annotated[str, typer.Option(help="A preset (latmix list recipes) or a JSON file.")] = DEFAULT,
     calibration: Annotated[
         Path | None, typer.Option(help="Text to learn from; Wikipedia text of the package unless given.")
     ] = None,

@@ -20,6 +20,9 @@ from latmix.recipes import affine
 # isort: on
 from latmix.recipes.registry import RECIPES, preset
 
+DEFAULT = "latmix-plus"
+"""What runs where no recipe is named."""
+
 
 def find(name_or_file: str | Recipe) -> Recipe:
     """A recipe by preset name or from a JSON file.
@@ -41,4 +44,4 @@ def find(name_or_file: str | Recipe) -> Recipe:
     raise InputError(f"Unknown recipe '{name_or_file}'; known: {', '.join(RECIPES)}, or a JSON file.")
 
 
-__all__ = ["RECIPES", "affine", "find", "online", "plain", "preset", "rotations"]
+__all__ = ["DEFAULT", "RECIPES", "affine", "find", "online", "plain", "preset", "rotations"]
