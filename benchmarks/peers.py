@@ -39,7 +39,9 @@ INPUTS = ("qkv", "o", "gate_up", "down")
 Peer = Callable[[Loaded, Tensor], Any]
 
 
-def compressor(*, gptq: bool = True, spinquant: dict[str, Any] | None = None, quip: dict[str, Any] | None = None) -> Peer:
+def compressor(
+    *, gptq: bool = True, spinquant: dict[str, Any] | None = None, quip: dict[str, Any] | None = None
+) -> Peer:
     """llm-compressor's modifiers, their defaults otherwise."""
 
     def run(loaded: Loaded, taught: Tensor) -> Any:
@@ -127,12 +129,16 @@ PAIRS = {
     "auto-0": Pair(
         f"{AR}, 0 iterations",
         auto_round(0),
-        override(find("rtn"), {"name": "rtn, floor", "weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}),
+        override(
+            find("rtn"), {"name": "rtn, floor", "weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}
+        ),
     ),
     "auto-200": Pair(
         f"{AR}, 200 iterations",
         auto_round(200),
-        override(find("gptq"), {"name": "gptq, floor", "weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}),
+        override(
+            find("gptq"), {"name": "gptq, floor", "weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}
+        ),
     ),
 }
 
@@ -153,14 +159,23 @@ def measure(name: str, side: str, few: int | None) -> dict[str, float]:
     took = time.perf_counter() - began
     found = score(model, seen, original.model)
     assert found.kl is not None
-    return {"perplexity": found.perplexity.mean, "kl": found.kl.mean, "low": found.kl.low, "high": found.kl.high, "s": took}
+    return {
+        "perplexity": found.perplexity.mean,
+        "kl": found.kl.mean,
+        "low": found.kl.low,
+        "high": found.kl.high,
+        "s": took,
+    }
 
 
 def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
     lines = ["| what | KL | perplexity | s | ours | KL | perplexity | s | ours / theirs |", "|" + "---|" * 9]
     for name, pair in PAIRS.items():
         theirs, ours = rows.get((name, "peer")), rows[name, "ours"]
-        cells = [f"{row['kl']:.4f} | {row['perplexity']:.3f} | {row['s']:.0f}" if row else "failed | |" for row in (theirs, ours)]
+        cells = [
+            f"{row['kl']:.4f} | {row['perplexity']:.3f} | {row['s']:.0f}" if row else "failed | |"
+            for row in (theirs, ours)
+        ]
         ratio = f"{ours['kl'] / theirs['kl']:.2f}" if theirs else ""
         lines.append(f"| {pair.peer} | {cells[0]} | {pair.ours.name} | {cells[1]} | {ratio} |")
     return "\n".join(lines)

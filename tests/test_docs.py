@@ -7,6 +7,7 @@ machine (make, pip) are not run but held against what the Makefile and pyproject
 import re
 import shlex
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from latmix.assets import CALIBRATION, EVALUATION
 from latmix.cli import app
+from latmix.recipe import Learning
 from latmix.transforms import TRANSFORMS
 from tests.test_pipeline import save_tiny
 
@@ -43,6 +45,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "other.txt").write_text(EVALUATION.read_text("utf-8")[:4000], "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("latmix.analysis.candidates.STEPS", 20)
+    monkeypatch.setattr("latmix.recipes.affine.Learning", partial(Learning, steps=4))  # the pages' words, fewer steps
     return tmp_path
 
 
@@ -72,9 +75,28 @@ def assert_known(program: str, arguments: list[str]) -> None:
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert arguments[0] == "install" and set(re.findall(r"\[(\w+)\]", arguments[-1])) <= set(extras)
+    elif program == "source":
+        assert arguments == [".venv/bin/activate"]
+    elif arguments[0] == "-c":
+        assert program == "python"
+        exec(compile(arguments[1], arguments[1], "exec"), {})  # noqa: S102
     else:
         script = next(word for word in arguments if word.endswith(".py"))
         assert program == "python" and (ROOT / script).is_file()
+
+
+LINK = re.compile(r"\]\(([^)#]+)(#[^)]*)?\)")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES[1:]], ids=lambda page: name(page))
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    """Links of every page; on the two that GitHub shows, paths in backticks too. mkdocs checks anchors."""
+    text = page.read_text("utf-8")
+    for target, _ in LINK.findall(text):
+        assert "://" in target or (page.parent / target).exists(), target
+    if page.parent == ROOT:
+        for path in re.findall(r"`((?:docs|src|tests|scripts|benchmarks|examples)/[\w./*-]+)`", text):
+            assert list(ROOT.glob(path)), path
 
 
 @pytest.mark.parametrize("page", pages("python"), ids=name)

@@ -22,7 +22,7 @@ from latmix.analysis.bound import bounds
 from latmix.analysis.candidates import CANDIDATES, ORTHOGONAL
 from latmix.analysis.optimum import closed_form
 from latmix.assets import CALIBRATION
-from latmix.data import read_text, windows
+from latmix.data import Corpus, read_text, windows
 from latmix.errors import InputError
 from latmix.eval import score
 from latmix.eval.activations import Place, collect, places
@@ -73,11 +73,7 @@ def analyze(model: Path | str, out: Path | str, question: Question, progress: Pr
         loaded = load(model)
         absorb_gains(loaded.model, loaded.arch)
         spots = places(loaded.arch, len(layers(loaded.model, loaded.arch)), question.site)
-        every = windows(corpus, loaded.tokenizer, min(question.window, loaded.longest))
-        if len(every) < 2:
-            raise InputError(f"The text '{corpus.source}' holds one window only; an analysis needs two halves.")
-        half = len(every) // 2
-        taught, held_out = _spread(every[:half], question.windows), _spread(every[half:], question.windows)
+        taught, held_out = halves(loaded, corpus, question)
         seen = [collect(loaded, part, question.tokens, question.seed) for part in (taught, held_out)]
         pooled = [torch.cat([half[spot] for spot in spots]) for half in seen]
         write_csv(folder / "places.csv", _places(seen[0], seen[1], fmt))
@@ -86,13 +82,24 @@ def analyze(model: Path | str, out: Path | str, question: Question, progress: Pr
         results = {size: _candidates(pooled[0], _sized(fmt, size), question.seed, progress) for size in sizes}
         write_csv(folder / "errors.csv", _errors(results, pooled[1], fmt))
         write_csv(folder / "blocks.csv", _blocks(results[fmt.block], pooled[1], fmt))
-        details = list(_maps(results[fmt.block], pooled[0], pooled[1], fmt))
-        write_csv(folder / "maps.csv", ({k: v for k, v in row.items() if k != "histogram"} for row in details))
+        write_csv(folder / "maps.csv", _maps(results[fmt.block], pooled[0], pooled[1], fmt))
         write_csv(folder / "amplitudes.csv", _histograms(results[fmt.block], pooled[1], fmt))
         write_csv(folder / "perplexity.csv", _perplexities(loaded, results, spots, held_out, fmt, progress))
         about = dataclasses.asdict(question) | {"text": corpus.source, "sha256": corpus.digest, "model": str(model)}
         write_json(folder / "analysis.json", about | {"date": str(datetime.date.today())})
     return Path(out)
+
+
+def halves(loaded: Loaded, corpus: Corpus, question: Question) -> tuple[Tensor, Tensor]:
+    """Windows (some, window) to learn from and to measure on: of the text's first half and of its second.
+
+    Raises: LatmixError: the text is too short for two.
+    """
+    every = windows(corpus, loaded.tokenizer, min(question.window, loaded.longest))
+    if len(every) < 2:
+        raise InputError(f"The text '{corpus.source}' holds one window only; an analysis needs two halves.")
+    half = len(every) // 2
+    return _spread(every[:half], question.windows), _spread(every[half:], question.windows)
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
