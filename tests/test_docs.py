@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from latmix.assets import CALIBRATION, EVALUATION
 from latmix.cli import app
-from latmix.recipe import Learning
+from latmix.recipe import Learning, Tuning
 from latmix.transforms import TRANSFORMS
 from tests.test_pipeline import save_tiny
 
@@ -45,7 +45,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "other.txt").write_text(EVALUATION.read_text("utf-8")[:4000], "utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("latmix.analysis.candidates.STEPS", 20)
-    monkeypatch.setattr("latmix.recipes.affine.Learning", partial(Learning, steps=4))  # the pages' words, fewer steps
+    for stage in (Learning, Tuning):  # the pages' words, fewer steps
+        monkeypatch.setattr(f"latmix.recipes.affine.{stage.__name__}", partial(stage, steps=4))
     return tmp_path
 
 
