@@ -19,3 +19,16 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/data beside the repository")
     return path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engines", type=Path, metavar="FOLDER", help="what scripts/engines.sh made: runs those tests")
+
+
+@pytest.fixture(scope="session")
+def engines(request: pytest.FixtureRequest) -> Path:
+    """The folder of the engines' environments."""
+    folder: Path | None = request.config.getoption("--engines")
+    if folder is None:
+        pytest.skip("no --engines FOLDER (scripts/engines.sh FOLDER makes it)")
+    return folder

@@ -1,9 +1,8 @@
 """Exports in the engines themselves, where their environments exist:
 
-scripts/engines.sh FOLDER && LATMIX_ENGINES=FOLDER pytest tests/test_engines.py
+scripts/engines.sh FOLDER && pytest tests/test_engines.py --engines FOLDER
 """
 
-import os
 from pathlib import Path
 
 import pytest
@@ -15,39 +14,30 @@ from tests.texts import CALIBRATION
 
 SMALL = {"calibration.windows": "8", "calibration.held_out": "2", "calibration.window": "128"}
 LEARNED = SMALL | {"learning.steps": "2", "learning.batch": "2"}
-
-
-@pytest.fixture(scope="module")
-def engines() -> Path:
-    if "LATMIX_ENGINES" not in os.environ:
-        pytest.skip("LATMIX_ENGINES names no folder made by scripts/engines.sh")
-    return Path(os.environ["LATMIX_ENGINES"])
+CT = {"target": "compressed-tensors"}
+MXFP8 = {"weights": "mxfp8_e4m3", "activations": "mxfp8_e4m3:scale=rceil"}
+pytestmark = pytest.mark.engines
 
 
 @pytest.mark.parametrize(
-    ("recipe", "settings", "to", "engine"),
+    ("recipe", "settings", "engine"),
     [
-        ("rtn", SMALL, "compressed-tensors", "vllm"),
-        ("quarot", SMALL, "compressed-tensors", "vllm"),
-        ("latmix-lu", LEARNED | {"target": "compressed-tensors"}, "compressed-tensors", "vllm"),
-        (
-            "latmix-lu",
-            LEARNED | {"target": "compressed-tensors", "online.down": "none"},
-            "compressed-tensors",
-            "vllm",
-        ),
-        ("rtn", SMALL, "gguf", "llama"),
-        ("latmix-lu", LEARNED | {"target": "gguf"}, "gguf", "llama"),
+        ("rtn", SMALL, "vllm"),
+        ("quarot", SMALL, "vllm"),
+        ("latmix-lu", LEARNED | CT, "vllm"),
+        ("latmix-lu", LEARNED | CT | {"online.down": "none"}, "vllm"),
+        ("block-hadamard", SMALL | {"activations": "none"}, "vllm"),
+        ("rtn", SMALL | MXFP8, "vllm"),
+        ("rtn", SMALL, "llama"),
+        ("latmix-lu", LEARNED | {"target": "gguf"}, "llama"),
     ],
 )
-def test_engine_agrees(
-    recipe: str, settings: dict[str, str], to: str, engine: str, engines: Path, tmp_path: Path
-) -> None:
+def test_engine_agrees(recipe: str, settings: dict[str, str], engine: str, engines: Path, tmp_path: Path) -> None:
     python = engines / engine / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"no environment for {engine} in {engines}")
+        pytest.skip(f"no environment for {engine} in {engines}; scripts/engines.sh makes it")
     latmix.quantize(DEMO_MODEL, tmp_path / "run", recipe, CALIBRATION, 0, settings)
-    exports.export(tmp_path / "run", to, tmp_path / "out")
+    exports.export(tmp_path / "run", "gguf" if engine == "llama" else "compressed-tensors", tmp_path / "out")
     verdict = exports.verify(tmp_path / "out", engine, str(python))
     assert verdict.passed, verdict
     if engine == "vllm":  # llama.cpp rounds activations differently

@@ -72,12 +72,16 @@ def verify(folder: Path, engine: str | None = None, python: str | None = None) -
     if engine not in engines:
         raise InputError(f"The engine '{engine}' cannot serve '{folder}'; choose from {', '.join(engines)}.")
     expected = fingerprint.read(folder)
-    answer = ask(folder, engine, expected.request, python)
-    verdict = judge(expected, answer, engine)
+    verdict = judge(expected, ask(folder, engine, expected.request, python), engine)
+    record(folder, engine, verdict)
+    return verdict
+
+
+def record(folder: Path, engine: str, verdict: Verdict) -> None:
+    """Into `verdict.json`, beside other engines', and into the model card."""
     known = read_json(folder / card.VERDICT) if (folder / card.VERDICT).exists() else {}
     write_json(folder / card.VERDICT, known | {engine: dataclasses.asdict(verdict)})
     card.write(folder, folder)
-    return verdict
 
 
 def installed(engine: str) -> bool:
