@@ -32,3 +32,11 @@ def engines(request: pytest.FixtureRequest) -> Path:
     if folder is None:
         pytest.skip("no --engines FOLDER (scripts/engines.sh FOLDER makes it)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """`tests.exported.Runs`, which imports latmix and so has to wait for the hook above."""
+    from tests.exported import Runs
+
+    return Runs(tmp_path_factory.mktemp("runs"))

@@ -122,6 +122,7 @@ __all__ = [
     "Layout",
     "Refusal",
     "Target",
+    "expected",
     "expected_biases",
     "family",
     "fit",

@@ -85,8 +85,9 @@ def respelled(spec: str, shift: str) -> str:
 
 
 def sliding(config: Mapping[str, Any]) -> bool:
-    """Whether some layer attends to a window only."""
-    return bool(config.get("sliding_window")) and bool(config.get("use_sliding_window", True))
+    """Whether some layer attends to less than the longest sequence."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    return window is not None and window < config["max_position_embeddings"]
 
 
 def family(layout: Layout) -> Arch:

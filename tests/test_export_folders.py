@@ -1,0 +1,152 @@
+"""Exported folders: our quantizer loads them, killed exports resume, damage is noticed and named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import latmix
+from latmix import export as exports
+from latmix.export import fingerprint, shards
+from tests.exported import IDS, Runs, agrees, logits
+
+
+class TestOurQuantizer:
+    def test_weights_stay_packed_and_save_pretrained_round_trips(self, runs: Runs, tmp_path: Path) -> None:
+        out = exports.export(runs("latmix-lu"), "transformers", tmp_path / "out")
+        model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        down = model.model.layers[0].mlp.down_proj
+        assert down.weight_packed.dtype == torch.uint8 and down.weight_packed.shape == (64, 48)
+        assert model.lm_head.bias is not None and not hasattr(down, "weight")
+        model.save_pretrained(tmp_path / "again")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+        assert torch.equal(logits(again), logits(model))
+
+    def test_generates_with_a_cache_what_it_generates_without(self, runs: Runs, tmp_path: Path) -> None:
+        out = exports.export(runs("quarot"), "transformers", tmp_path / "out")
+        model = transformers.AutoModelForCausalLM.from_pretrained(out)
+        wish = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+        assert torch.equal(model.generate(IDS, **wish), model.generate(IDS, use_cache=False, **wish))
+
+    def test_is_unknown_to_a_transformers_without_latmix(self, runs: Runs, tmp_path: Path) -> None:
+        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        load = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
+        assert done.returncode != 0 and "latmix_llama" in done.stderr
+
+    def test_refuses_another_layout(self, runs: Runs, tmp_path: Path) -> None:
+        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        config = json.loads((out / "config.json").read_text())
+        config["quantization_config"]["version"] = 2
+        (out / "config.json").write_text(json.dumps(config))
+        with pytest.raises(latmix.LatmixError, match="layout 2; this latmix reads layout 1"):
+            transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
+class TestFolders:
+    def test_shards_resume_and_hold_the_same(self, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = runs("gptq")
+        whole = load_file(exports.export(run, "transformers", tmp_path / "whole") / "model.safetensors")
+        writer = exports.transformers.write_shards
+        monkeypatch.setattr(exports.transformers, "write_shards", partial(writer, limit=20_000))
+        with monkeypatch.context() as killed:
+            killed.setattr(shards, "save_file", _fail_at(3))
+            with pytest.raises(KeyboardInterrupt):
+                exports.export(run, "transformers", tmp_path / "out")
+        first = (
+            tmp_path / "out.partial" / next(iter(sorted(p.name for p in (tmp_path / "out.partial").glob("*-0000*"))))
+        )
+        written = first.stat().st_mtime_ns
+        out = exports.export(run, "transformers", tmp_path / "out")
+        assert (out / first.name).stat().st_mtime_ns == written  # not written again
+        index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+        assert len(set(index.values())) > 3 and set(index) == set(whole)
+        for name, file in index.items():
+            assert torch.equal(load_file(out / file)[name], whole[name])
+        agrees("transformers", out, run)
+
+    def test_another_exports_leavings_are_not_resumed(self, runs: Runs, tmp_path: Path) -> None:
+        (tmp_path / "out.partial").mkdir()
+        (tmp_path / "out.partial" / "plan.json").write_text('{"target": "gguf"}')
+        with pytest.raises(latmix.LatmixError, match="another export's"):
+            exports.export(runs("rtn"), "transformers", tmp_path / "out")
+
+    def test_an_existing_folder_is_left_alone(self, runs: Runs, tmp_path: Path) -> None:
+        with pytest.raises(latmix.LatmixError, match="exists; choose another --out"):
+            exports.export(runs("rtn"), "transformers", tmp_path)
+        with pytest.raises(latmix.LatmixError, match="Unknown target 'onnx'; known: compressed-tensors, transformers"):
+            exports.export(runs("rtn"), "onnx", tmp_path / "out")
+        with pytest.raises(latmix.LatmixError, match="is not a run directory"):
+            exports.export(tmp_path, "gguf", tmp_path / "out")
+
+    def test_weights_take_four_and_a_quarter_bits(self, runs: Runs, tmp_path: Path) -> None:
+        out = exports.export(runs("gptq"), "compressed-tensors", tmp_path / "out")
+        tensors, manifest = load_file(out / "model.safetensors"), exports.open_export(out)
+        packed = sum(tensor.nbytes for name, tensor in tensors.items() if ".weight_" in name)
+        assert 8 * packed / manifest["weights"] == pytest.approx(4.25, rel=0.005)
+
+    def test_damage_is_named(self, runs: Runs, tmp_path: Path) -> None:
+        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        file = out / "model.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-7])
+        with pytest.raises(latmix.LatmixError, match="model.safetensors' is cut short or changed"):
+            exports.verify(out)
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(latmix.LatmixError, match="has been changed since the export"):
+            exports.verify(out)
+        file.unlink()
+        with pytest.raises(latmix.LatmixError, match="incomplete: 'model.safetensors' is missing"):
+            exports.verify(out)
+        manifest = json.loads((out / "latmix.json").read_text())
+        (out / "latmix.json").write_text(json.dumps({**manifest, "version": 9}))
+        with pytest.raises(latmix.LatmixError, match="has version 9; this latmix reads version 1"):
+            exports.verify(out)
+        with pytest.raises(latmix.LatmixError, match="is no export of latmix"):
+            exports.verify(tmp_path)
+
+    def test_a_damaged_run_is_not_exported(self, runs: Runs, tmp_path: Path) -> None:
+        run = Path(shutil.copytree(runs("rtn"), tmp_path / "run"))
+        file = run / "quantized.safetensors"
+        tensors, scale = load_file(file), "model.layers.0.mlp.up_proj.weight_scale"
+        for broken, message in (
+            ({key: value for key, value in tensors.items() if key != scale}, f"lacks the tensor '{scale}'"),
+            ({**tensors, scale: tensors[scale][:, :1].contiguous()}, "does not fit its codes"),
+            ({**tensors, scale: torch.full_like(tensors[scale], 255)}, "holds NaN scales"),
+            ({**tensors, "stray": torch.zeros(1)}, "'stray', which no export knows"),
+        ):
+            save_file(broken, file)
+            with pytest.raises(latmix.LatmixError, match=message):
+                exports.export(run, "compressed-tensors", tmp_path / "out")
+            shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+
+    def test_a_model_that_computes_something_else_is_found_out(self, runs: Runs, tmp_path: Path) -> None:
+        """The verdict of a folder whose fingerprint is another run's."""
+        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        other = exports.export(runs("quarot"), "transformers", tmp_path / "other")
+        shutil.copy(other / fingerprint.FILE, out)
+        manifest = json.loads((out / "latmix.json").read_text())
+        manifest["files"][fingerprint.FILE] = json.loads((other / "latmix.json").read_text())["files"][fingerprint.FILE]
+        (out / "latmix.json").write_text(json.dumps(manifest))
+        verdict = exports.verify(out)
+        assert not verdict.passed and verdict.kl > 1e-3
+
+
+def _fail_at(count: int):
+    seen = []
+    real = shards.save_file
+
+    def save(*args: object, **kwargs: object) -> None:
+        seen.append(args)
+        if len(seen) == count:
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+
+    return save
