@@ -27,7 +27,8 @@ def plot(folder: Path) -> list[Path]:
             "Figures need matplotlib: pip install 'latmix[plots]'. The CSV files are complete."
         ) from error
     matplotlib.use("Agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "latmix", "font.size": 9, "axes.spines.top": False})
+    matplotlib.rcParams.update({"svg.hashsalt": "latmix", "svg.fonttype": "none", "font.size": 9})  # words stay words
+    matplotlib.rcParams["axes.spines.top"] = False
     matplotlib.rcParams.update({"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
     files = []
     for name, draw in FIGURES.items():
@@ -43,7 +44,7 @@ def _draw(folder: Path, name: str, draw: Callable[[Any, list[dict[str, str]]], N
     draw(axes, read_csv(folder / f"{name}.csv"))
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     files = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(files[0], dpi=150)
+    figure.savefig(files[0], dpi=110)
     figure.savefig(files[1], metadata={"Date": None})
     return files
 
