@@ -1,6 +1,8 @@
 """Learning: the loss is the divergence it says, learning lowers it, and the same seed gives the same bits."""
 
+import errno
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from latmix.archs import ARCHS
 from latmix.distill import Answers, Mapped, Step, divergence, learn, learning_rate, mean_divergence, volume
-from latmix.errors import FailedError, LatmixError
+from latmix.errors import FailedError, LatmixError, WriteError
 from latmix.model.attach import Attached, attach
 from latmix.model.checkpoint import share
 from latmix.model.fold import absorb_gains
@@ -57,9 +59,19 @@ def test_divergence_is_kl_and_top_k_of_everything_changes_nothing() -> None:
 @pytest.mark.parametrize("stored", [False, True])
 def test_answers_are_the_models_own(name: str, stored: bool, tmp_path: Path) -> None:
     model = tiny(name)
-    answers = Answers(model, WINDOWS, tmp_path / "answers" if stored else None)
+    answers = Answers(model, WINDOWS, tmp_path if stored else None)
     rows = torch.tensor([9, 0, 4])
     torch.testing.assert_close(answers.logits(rows), model(WINDOWS[rows]).logits)
+
+
+def test_a_disk_without_room_for_the_answers_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(WriteError, match="No space left"):
+        Answers(tiny("llama"), WINDOWS, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_answers_that_are_no_numbers_are_refused_by_the_window() -> None:
@@ -108,5 +120,5 @@ def test_volume_is_zero_for_rotations_and_grows_with_scale() -> None:
 
 
 def test_divergence_of_the_loss_is_reported() -> None:
-    with pytest.raises(LatmixError, match="diverged at step"):
+    with pytest.raises(LatmixError, match="diverged after step 1"):
         run("lu", Learning(steps=40, batch=4, lr=math.inf))

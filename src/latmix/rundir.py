@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latmix.errors import LatmixError
+from latmix.errors import LatmixError, WriteError
 from latmix.typed import parsed
 
 RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
@@ -45,23 +45,42 @@ def new_run(out: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A name to write a file under; when the block ends well, the file is on the disk and has the name `path`.
+
+    Raises: WriteError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(f"Cannot write '{path}': {error.strerror or error}.") from error
+
+
+def flush(path: Path) -> None:
+    """Wait until the file, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Raises: LatmixError: the file cannot be written."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process is killed: under another name first, then renamed.
-
-    Raises: LatmixError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Raises: WriteError: the file cannot be written."""
+    with written(path) as temporary:
         temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise LatmixError(f"Cannot write '{path}': {error.strerror}.") from error
 
 
 def read_json(path: Path) -> Any:

@@ -1,9 +1,11 @@
 """KL distillation to the unquantized model: of the maps before the weights are quantized, of what is free after."""
 
 from latmix.distill.answers import Answers
-from latmix.distill.loop import Step, Student, accumulate, mean_divergence
+from latmix.distill.loop import accumulate, mean_divergence
 from latmix.distill.maps import Mapped, learn, volume
 from latmix.distill.objective import divergence, learning_rate, objective
+from latmix.distill.snapshot import Step
+from latmix.distill.student import Student
 from latmix.distill.tune import tune
 
 __all__ = [

@@ -5,6 +5,9 @@ as small as a list of the thousand likeliest tokens, and gives the whole distrib
 head is applied again at each use. Given up: the head's share of the teacher's forward, a few per cent for large models.
 """
 
+import math
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latmix.errors import FailedError
+from latmix.errors import FailedError, WriteError
 
 BATCH = 8  # windows in a forward
 
@@ -21,12 +24,14 @@ class Answers:
     """What an unquantized model says of these windows.
 
     Args:
-        scratch: a file to keep the hidden states in, mapped into memory: nobody needs it afterwards. None: in memory.
+        scratch: a folder whose disk keeps the hidden states, in a file without a name that is gone with this object;
+            None: they stay in memory.
 
     Cost: one forward of every window; windows · window · hidden size numbers in the model's dtype.
 
     Raises:
         FailedError: the model gives NaN or infinity; names the first such window.
+        WriteError: the disk has no room for them.
     """
 
     @torch.no_grad()
@@ -34,12 +39,7 @@ class Answers:
         self, teacher: PreTrainedModel, windows: Int[Tensor, "windows window"], scratch: Path | None = None
     ) -> None:
         self._head = teacher.get_output_embeddings()
-        shape, dtype = (*windows.shape, teacher.config.hidden_size), teacher.dtype
-        if scratch is None:
-            self._hidden = torch.empty(shape, dtype=dtype)
-        else:
-            count = windows.numel() * teacher.config.hidden_size
-            self._hidden = torch.from_file(str(scratch), shared=True, size=count, dtype=dtype).view(shape)
+        self._hidden = _room((*windows.shape, teacher.config.hidden_size), teacher.dtype, scratch)
         for start in range(0, len(windows), BATCH):
             ids = windows[start : start + BATCH].to(teacher.device)
             hidden = teacher.base_model(ids, use_cache=False).last_hidden_state
@@ -53,3 +53,16 @@ class Answers:
         """Of these windows, on the model's device."""
         logits: Tensor = self._head(self._hidden[rows].to(self._head.weight.device))
         return logits
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) -> Tensor:
+    if scratch is None:
+        return torch.empty(shape, dtype=dtype)
+    count = math.prod(shape)
+    try:
+        with tempfile.NamedTemporaryFile(dir=scratch) as file:
+            # a mapped file that finds no room when it is written to kills the process; here it is an error
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+    except OSError as error:
+        raise WriteError(f"The teacher's answers do not fit into '{scratch}': {error.strerror}.") from error

@@ -5,15 +5,13 @@ the schedule and the held-out windows, and leaves the student at the step that d
 once (`answers`). Given up: schedules other than the cosine, and optimizers other than Adam.
 """
 
-import contextlib
 import copy
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -22,47 +20,13 @@ from transformers import PreTrainedModel
 
 from latmix.distill.answers import BATCH, Answers
 from latmix.distill.objective import divergence, learning_rate, objective
-from latmix.errors import LatmixError
+from latmix.distill.runaway import check_held_out, diverged
+from latmix.distill.snapshot import Course, Step, identity, load, save
+from latmix.distill.student import Student
 from latmix.recipe import Distillation
 
-
-class Student(ABC):
-    """A model that is learning.
-
-    Attributes:
-        model: runs forward; gradients reach what learns.
-        learned: the module whose state is kept from the best step.
-    """
-
-    model: PreTrainedModel
-    learned: nn.Module
-
-    @abstractmethod
-    def groups(self) -> list[dict[str, Any]]:
-        """Adam's parameter groups; "rate" is a group's learning rate in units of the schedule's."""
-
-    def penalty(self) -> Tensor | float:
-        """What is added to the loss."""
-        return 0.0
-
-    def evaluated_once(self) -> contextlib.AbstractContextManager[object]:
-        """Within, what depends on the learned parameters alone may be computed once."""
-        return contextlib.nullcontext()
-
-    def stepped(self) -> None:
-        """Called after each optimizer step: the place for constraints."""
-        return None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of the learning curve; `held_out` (mean KL, nats a token) only where it was measured."""
-
-    step: int
-    loss: float
-    lr: float
-    seconds: float
-    held_out: float | None = None
+KEEP_EVERY = 60.0
+"""Seconds after which a snapshot is written, besides those with each measurement."""
 
 
 @torch.no_grad()
@@ -76,6 +40,47 @@ def mean_divergence(answers: Answers, student: Student, windows: Int[Tensor, "wi
     return total / len(windows)
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """What stays as it is over all steps.
+
+    numbers: which windows of the caller these are. order: the rows that each step sees.
+    """
+
+    student: Student
+    windows: Int[Tensor, "windows window"]
+    numbers: Int[Tensor, " windows"]
+    order: Int[Tensor, "steps batch"]
+    answers: Answers | None
+    schedule: Distillation
+    optimizer: torch.optim.Optimizer
+
+    def step(self, course: Course) -> tuple[float, float, float]:
+        """Take the next step; its loss, its rate and the norm of its gradient."""
+        rows, rate = self.order[course.step], learning_rate(course.step + 1, self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+        loss = accumulate(self.student, self.answers, self.windows, rows, self.schedule)
+        if not math.isfinite(loss):
+            raise diverged(f"the loss of calibration windows {self._broken(rows)} is {loss}", course, self.schedule)
+        gradients = [each.grad for group in self.optimizer.param_groups for each in group["params"]]
+        norm = float(nn.utils.get_total_norm(each for each in gradients if each is not None))
+        if not math.isfinite(norm):
+            raise diverged(f"the norm of the gradient is {norm}", course, self.schedule)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.student.stepped()
+        return loss, rate, norm
+
+    def _broken(self, rows: Int[Tensor, " batch"]) -> str:
+        """Which windows of a batch have a loss that is no number."""
+        losses = {
+            int(self.numbers[row]): accumulate(self.student, self.answers, self.windows, row, self.schedule)
+            for row in rows.split(1)
+        }
+        return ", ".join(str(number) for number in sorted(losses) if not math.isfinite(losses[number]))
+
+
 def distill(
     student: Student,
     teacher: PreTrainedModel,
@@ -84,43 +89,68 @@ def distill(
     schedule: Distillation,
     seed: int,
     on_step: Callable[[Step], None],
+    snapshot: Path | None = None,
 ) -> None:
     """Learn in place, leaving the student at its best held-out step (step 0, untouched, included).
 
+    snapshot: where the stage is kept while it runs, for the next call to go on from; its folder also takes the
+        teacher's answers. Steps taken before are reported to `on_step` again. None: nothing is written.
+
     Cost: one forward of the teacher for every window, and per step one forward and backward of the student.
-    Raises: LatmixError: the loss is not finite; names the step.
+    Raises:
+        DivergedError: the student is left at its best step, and the snapshot is there.
+        LatmixError: the snapshot is of other steps or damaged, or cannot be written (`snapshot`).
     """
-    model = student.model
+    optimizer = torch.optim.Adam(student.groups(), betas=(0.9, 0.95))
+    name = identity(schedule, seed, windows=windows, held_out=held_out)
+    course = None if snapshot is None else load(snapshot, name, student.learned, optimizer)
+    scratch = None if snapshot is None else snapshot.parent
+    used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
+    answers = Answers(teacher, windows[used], scratch) if schedule.objective == "kl" else None
+    stage = _Stage(student, windows[used], used, order, answers, schedule, optimizer)
+    measure = partial(mean_divergence, Answers(teacher, held_out, scratch), student, held_out)
+    if course is None:
+        start = measure()
+        course = Course([Step(0, start, 0.0, 0.0, 0.0, start)], copy.deepcopy(student.learned.state_dict()))
+    for step in course.curve:
+        on_step(step)
+    keep = None if snapshot is None else partial(save, snapshot, name, course, student.learned, optimizer)
+    try:
+        _prepare(student.model, schedule)
+        _run(stage, course, measure, on_step, keep)
+    finally:
+        student.learned.load_state_dict(course.best_state)
+        student.model.eval()
+
+
+def _run(
+    stage: _Stage,
+    course: Course,
+    measure: Callable[[], float],
+    on_step: Callable[[Step], None],
+    keep: Callable[[], None] | None,
+) -> None:
+    """All steps that are left."""
+    began, kept = time.perf_counter() - course.curve[-1].seconds, time.perf_counter()
+    while course.step < stage.schedule.steps:
+        loss, rate, norm = stage.step(course)
+        number = course.step + 1
+        held_out = measure() if number % stage.schedule.evaluate_every == 0 or number == stage.schedule.steps else None
+        if held_out is not None and held_out < course.best:
+            course.best_state = copy.deepcopy(stage.student.learned.state_dict())
+        course.curve.append(Step(number, loss, rate, norm, time.perf_counter() - began, held_out))
+        on_step(course.curve[-1])
+        check_held_out(course, stage.schedule)
+        if keep is not None and (held_out is not None or time.perf_counter() - kept > KEEP_EVERY):
+            keep()
+            kept = time.perf_counter()
+
+
+def _prepare(model: PreTrainedModel, schedule: Distillation) -> None:
     if schedule.checkpointing:
         # transformers 5.17 knows only the second name, later versions warn about it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.train()  # transformers checkpoints in training mode only; these families have no active dropout
-    optimizer = torch.optim.Adam(student.groups(), betas=(0.9, 0.95))
-    used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
-    windows = windows[used]
-    answers = Answers(teacher, windows) if schedule.objective == "kl" else None
-    measure = partial(mean_divergence, Answers(teacher, held_out), student, held_out)
-    began = time.perf_counter()
-    best, best_state = measure(), copy.deepcopy(student.learned.state_dict())
-    on_step(Step(0, best, 0.0, 0.0, best))
-    for step in range(1, schedule.steps + 1):
-        rate = learning_rate(step, schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["rate"]
-        loss = accumulate(student, answers, windows, order[step - 1], schedule)
-        if not math.isfinite(loss):
-            raise LatmixError(f"Learning diverged at step {step} (loss {loss}); choose a smaller lr.")
-        optimizer.step()
-        optimizer.zero_grad()
-        student.stepped()
-        measured = None
-        if step % schedule.evaluate_every == 0 or step == schedule.steps:
-            measured = measure()
-            if measured < best:
-                best, best_state = measured, copy.deepcopy(student.learned.state_dict())
-        on_step(Step(step, loss, rate, time.perf_counter() - began, measured))
-    student.learned.load_state_dict(best_state)
-    model.eval()
 
 
 def _order(count: int, schedule: Distillation, seed: int) -> Int[Tensor, "steps batch"]:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latmix.distill.loop import Step, Student, distill
+from latmix.distill.loop import distill
+from latmix.distill.snapshot import Step
+from latmix.distill.student import Student
 from latmix.model.attach import Attached
 from latmix.recipe import Learning
 from latmix.transforms import evaluated_once
@@ -47,6 +50,7 @@ def learn(
     learning: Learning,
     seed: int,
     on_step: Callable[[Step], None],
+    snapshot: Path | None = None,
 ) -> None:
     """Learn the attached maps in place (`distill`)."""
-    distill(Mapped(attached, learning.volume), teacher, windows, held_out, learning, seed, on_step)
+    distill(Mapped(attached, learning.volume), teacher, windows, held_out, learning, seed, on_step, snapshot)

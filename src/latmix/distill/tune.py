@@ -6,6 +6,7 @@ learned rounding (AdaRound, 2004.10568), here end to end on KL and on MX codes a
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
@@ -13,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix.archs import Arch
-from latmix.distill.loop import Step, Student, distill
+from latmix.distill.loop import distill
+from latmix.distill.snapshot import Step
+from latmix.distill.student import Student
 from latmix.model.free import Free, free
 from latmix.numerics import Quantized
 from latmix.recipe import Tuning
@@ -45,6 +48,7 @@ def tune(
     tuning: Tuning,
     seed: int,
     on_step: Callable[[Step], None],
+    snapshot: Path | None = None,
 ) -> dict[str, Quantized]:
     """Tune the free parts of a quantized model in place; returns all codes, moved ones included.
 
@@ -55,5 +59,5 @@ def tune(
     Raises: LatmixError: an unknown part, or the loss is not finite.
     """
     parts = free(model, arch, quantized, tuning.kept, tuning.biases, unrounded if tuning.codes else {})
-    distill(Freed(model, parts, tuning), teacher, windows, held_out, tuning, seed, on_step)
+    distill(Freed(model, parts, tuning), teacher, windows, held_out, tuning, seed, on_step, snapshot)
     return {**quantized, **parts.settle()}
