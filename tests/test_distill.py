@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from latmix.archs import ARCHS
-from latmix.distill import Answers, Mapped, Step, divergence, learn, learning_rate, mean_divergence, volume
+from latmix.distill import (
+    Answers,
+    Mapped,
+    Step,
+    accumulate,
+    divergence,
+    learn,
+    learning_rate,
+    loop,
+    mean_divergence,
+    volume,
+)
 from latmix.errors import FailedError, LatmixError, WriteError
 from latmix.model.attach import Attached, attach
 from latmix.model.checkpoint import share
@@ -110,6 +121,39 @@ def test_same_seed_same_bits_and_accumulation_or_checkpointing_change_little() -
     for changed in (Learning(steps=1, batch=4, accumulation=2), Learning(steps=1, batch=4, checkpointing=True)):
         loss, other = run("lu", Learning(steps=1, batch=4))[1][1].loss, run("lu", changed)[1][1].loss
         assert other == pytest.approx(loss, rel=1e-4)
+
+
+def test_bfloat16_compute_is_close_and_leaves_the_maps_in_float32() -> None:
+    losses, gradients = [], []
+    for compute in ("float32", "bfloat16"):
+        attached, learning = student_of(model := teacher(), "lu", weights=True), Learning(compute=compute)
+        perturb(attached.maps, 0.1)
+        answers = Answers(model, WINDOWS, compute=compute)
+        losses.append(accumulate(Mapped(attached, 0.0), answers, WINDOWS, torch.arange(12), learning))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in attached.maps.learned()]))
+        assert gradients[-1].dtype == torch.float32
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.9
+
+
+def test_checkpointing_keeps_no_moved_weight() -> None:
+    """Weights under maps, and their rounded values, are built again in backward, one layer at a time."""
+
+    def saved(checkpointing: bool) -> int:
+        attached = student_of(model := teacher(), "lu", weights=True)
+        shapes: list[torch.Size] = []
+        widths = {attached.model.config.intermediate_size, attached.model.config.hidden_size}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            shapes.append(tensor.shape)
+            return tensor
+
+        loop._prepare(attached.model, Learning(checkpointing=checkpointing))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            accumulate(Mapped(attached, 0.0), Answers(model, WINDOWS), WINDOWS, torch.arange(2), Learning())
+        return sum(set(shape) == widths for shape in shapes)
+
+    assert saved(True) == 1 < saved(False)  # the frozen head, which has that shape too
 
 
 def test_volume_is_zero_for_rotations_and_grows_with_scale() -> None:

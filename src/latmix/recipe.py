@@ -16,6 +16,7 @@ from latmix.errors import InputError
 from latmix.typed import build, parsed, replaced
 
 OBJECTIVES = ("kl", "cross-entropy")
+COMPUTE = ("float32", "bfloat16")
 
 
 def _at_least(key: str, owner: object, **lowest: int) -> None:
@@ -58,6 +59,8 @@ class Distillation:
         evaluate_every: steps between measurements of KL on the held-out windows.
         objective: "kl", the divergence of the quantized model's distribution from the unquantized one's, or
             "cross-entropy", with the text (which needs no teacher).
+        compute: "float32", or "bfloat16" for the products with activations; maps and the weights they move stay in
+            float32.
     """
 
     steps: int = 200
@@ -68,6 +71,7 @@ class Distillation:
     checkpointing: bool = False
     evaluate_every: int = 20
     objective: str = "kl"
+    compute: str = COMPUTE[0]
 
     key: ClassVar[str]
 
@@ -75,9 +79,9 @@ class Distillation:
         _at_least(self.key, self, steps=1, batch=1, accumulation=1, evaluate_every=1, lr=0)
         if self.accumulation > self.batch:
             raise InputError(f"Recipe key '{self.key}.accumulation' is {self.accumulation}, above {self.key}.batch.")
-        if self.objective not in OBJECTIVES:
-            known = ", ".join(OBJECTIVES)
-            raise InputError(f"Recipe key '{self.key}.objective' is '{self.objective}'; known: {known}.")
+        for name, choices in (("objective", OBJECTIVES), ("compute", COMPUTE)):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"Recipe key '{self.key}.{name}' is '{value}'; known: {', '.join(choices)}.")
         if self.top_k is not None and self.top_k < 2:
             raise InputError(f"Recipe key '{self.key}.top_k' is {self.top_k}; it must be at least 2, or none.")
 

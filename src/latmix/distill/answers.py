@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix.errors import FailedError, WriteError
+from latmix.recipe import COMPUTE
 
 BATCH = 8  # windows in a forward
 
@@ -26,8 +27,9 @@ class Answers:
     Args:
         scratch: a folder whose disk keeps the hidden states, in a file without a name that is gone with this object;
             None: they stay in memory.
+        compute: of the recipe.
 
-    Cost: one forward of every window; windows · window · hidden size numbers in the model's dtype.
+    Cost: one forward of every window; windows · window · hidden size numbers in the dtype of the products.
 
     Raises:
         FailedError: the model gives NaN or infinity; names the first such window.
@@ -36,13 +38,19 @@ class Answers:
 
     @torch.no_grad()
     def __init__(
-        self, teacher: PreTrainedModel, windows: Int[Tensor, "windows window"], scratch: Path | None = None
+        self,
+        teacher: PreTrainedModel,
+        windows: Int[Tensor, "windows window"],
+        scratch: Path | None = None,
+        compute: str = COMPUTE[0],
     ) -> None:
-        self._head = teacher.get_output_embeddings()
-        self._hidden = _room((*windows.shape, teacher.config.hidden_size), teacher.dtype, scratch)
+        self.compute, self._head = compute, teacher.get_output_embeddings()
+        dtype = torch.bfloat16 if compute == "bfloat16" else teacher.dtype
+        self._hidden = _room((*windows.shape, teacher.config.hidden_size), dtype, scratch)
         for start in range(0, len(windows), BATCH):
             ids = windows[start : start + BATCH].to(teacher.device)
-            hidden = teacher.base_model(ids, use_cache=False).last_hidden_state
+            with computing(teacher.device, compute):
+                hidden = teacher.base_model(ids, use_cache=False).last_hidden_state
             if not (finite := hidden.isfinite().flatten(1).all(1)).all():
                 first = start + int((~finite).nonzero()[0])
                 raise FailedError(f"The unquantized model gives NaN or infinity on calibration window {first}.")
@@ -50,9 +58,27 @@ class Answers:
 
     @torch.no_grad()
     def logits(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch window vocabulary"]:
-        """Of these windows, on the model's device."""
-        logits: Tensor = self._head(self._hidden[rows].to(self._head.weight.device))
-        return logits
+        """Of these windows, on the model's device, in float32 or wider."""
+        device = self._head.weight.device
+        with computing(device, self.compute):
+            return _wide(self._head(self._hidden[rows].to(device)))
+
+
+def logits_of(
+    model: PreTrainedModel, ids: Int[Tensor, "batch window"], compute: str
+) -> Float[Tensor, "batch window vocabulary"]:
+    """In float32 or wider, on the model's device."""
+    with computing(model.device, compute):
+        return _wide(model(ids.to(model.device), use_cache=False).logits)
+
+
+def computing(device: torch.device, compute: str) -> torch.autocast:
+    """Within, matrix products of activations are in that precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute == "bfloat16")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) -> Tensor:

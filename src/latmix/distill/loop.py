@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latmix.distill.answers import BATCH, Answers
+from latmix.distill.answers import BATCH, Answers, logits_of
 from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.runaway import check_held_out, diverged
 from latmix.distill.snapshot import Course, Step, identity, load, save
@@ -35,7 +35,7 @@ def mean_divergence(answers: Answers, student: Student, windows: Int[Tensor, "wi
     total = 0.0
     with student.evaluated_once():
         for rows in torch.arange(len(windows)).split(BATCH):
-            got = student.model(windows[rows].to(student.model.device), use_cache=False).logits
+            got = logits_of(student.model, windows[rows], answers.compute)
             total += float(divergence(answers.logits(rows), got).mean(-1).sum())
     return total / len(windows)
 
@@ -106,9 +106,10 @@ def distill(
     course = None if snapshot is None else load(snapshot, name, student.learned, optimizer)
     scratch = None if snapshot is None else snapshot.parent
     used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
-    answers = Answers(teacher, windows[used], scratch) if schedule.objective == "kl" else None
+    ask = partial(Answers, teacher, scratch=scratch, compute=schedule.compute)
+    answers = ask(windows[used]) if schedule.objective == "kl" else None
     stage = _Stage(student, windows[used], used, order, answers, schedule, optimizer)
-    measure = partial(mean_divergence, Answers(teacher, held_out, scratch), student, held_out)
+    measure = partial(mean_divergence, ask(held_out), student, held_out)
     if course is None:
         start = measure()
         course = Course([Step(0, start, 0.0, 0.0, 0.0, start)], copy.deepcopy(student.learned.state_dict()))
@@ -173,10 +174,9 @@ def accumulate(
     parts = rows.chunk(schedule.accumulation)
     with student.evaluated_once():
         for part in parts:
-            ids = windows[part].to(student.model.device)
             target = None if answers is None else answers.logits(part)
-            got = student.model(ids, use_cache=False).logits
-            loss = objective(got, ids, target, schedule.top_k) / len(parts)
+            got = logits_of(student.model, windows[part], schedule.compute)
+            loss = objective(got, windows[part].to(got.device), target, schedule.top_k) / len(parts)
             penalized = loss + student.penalty() / len(parts)
             penalized.backward(retain_graph=part is not parts[-1])  # the parts may share a graph
             total += float(loss.detach())

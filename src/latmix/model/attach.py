@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,9 +73,10 @@ class MovedLinear(nn.Module):
         self._maps = (source, target)  # in a tuple: not submodules of this linear
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch out"]:
-        weight, bias = moved(self.linear.weight, self.linear.bias, *self._maps, shifts=self.shifts)
-        if self.format is not None and self.active:
-            weight = fake_quant_with_scale_gradient(weight, self.format)
+        with torch.autocast(x.device.type, enabled=False):  # activations may be in bfloat16, maps and weights are not
+            weight, bias = moved(self.linear.weight, self.linear.bias, *self._maps, shifts=self.shifts)
+            if self.format is not None and self.active:
+                weight = fake_quant_with_scale_gradient(weight, self.format)
         return F.linear(x, weight, bias)
 
     def fold(self, source: Transform | None, target: Transform | None) -> nn.Linear:
