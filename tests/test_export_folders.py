@@ -114,7 +114,7 @@ class TestFolders:
 
     def test_a_damaged_run_is_not_exported(self, runs: Runs, tmp_path: Path) -> None:
         run = Path(shutil.copytree(runs("rtn"), tmp_path / "run"))
-        file = run / "quantized.safetensors"
+        file = run / "quantized-layer-00000.safetensors"
         tensors, scale = load_file(file), "model.layers.0.mlp.up_proj.weight_scale"
         for broken, message in (
             ({key: value for key, value in tensors.items() if key != scale}, f"lacks the tensor '{scale}'"),

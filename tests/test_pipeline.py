@@ -17,6 +17,7 @@ from latmix.model.load import load, load_tokenizer
 from latmix.pipeline import restore
 from latmix.recipe import override
 from latmix.recipes import RECIPES, find
+from latmix.rundir import digest
 from tests.models import tiny
 from tests.texts import CALIBRATION, OTHER
 
@@ -34,6 +35,17 @@ FAST = {
 
 def settings(recipe: str) -> dict[str, str]:
     return {key: value for key, value in FAST.items() if getattr(find(recipe), key.partition(".")[0]) is not None}
+
+
+def shards(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.glob("quantized-*.safetensors")}
+
+
+def signed(run: Path) -> None:
+    """Let the summary list the files as they are now."""
+    summary = json.loads((run / "summary.json").read_text())
+    files = {name: {"bytes": (run / name).stat().st_size, "sha256": digest(run / name)} for name in summary["files"]}
+    (run / "summary.json").write_text(json.dumps({**summary, "files": files}))
 
 
 def save_tiny(folder: Path, family: str = "llama", **options: object) -> Path:
@@ -79,7 +91,7 @@ def test_same_seed_same_bytes_and_another_seed_another_map(model: Path, tmp_path
         latmix.quantize(model, tmp_path / f"{i}", "latmix-lu", CALIBRATION, s, changed) for i, s in enumerate((0, 0, 1))
     ]
     files = [(run.path / "transforms.safetensors").read_bytes() for run in runs]
-    packed = [(run.path / "quantized.safetensors").read_bytes() for run in runs]
+    packed = [shards(run.path) for run in runs]
     assert files[0] == files[1] and packed[0] == packed[1]
     assert files[0] != files[2]
 
@@ -102,9 +114,7 @@ def test_recipe_values_and_files_are_accepted(model: Path, tmp_path: Path) -> No
     by_value = latmix.quantize(model, tmp_path / "a", recipe, CALIBRATION)
     by_file = latmix.quantize(model, tmp_path / "b", str(tmp_path / "mine.json"), CALIBRATION)
     assert by_value.recipe == by_file.recipe
-    assert (by_value.path / "quantized.safetensors").read_bytes() == (
-        by_file.path / "quantized.safetensors"
-    ).read_bytes()
+    assert shards(by_value.path) == shards(by_file.path)
 
 
 def test_an_unquantized_model_against_itself_diverges_by_nothing(model: Path) -> None:
@@ -175,15 +185,19 @@ class TestBadInput:
 
     def test_damaged_runs(self, model: Path, tmp_path: Path) -> None:
         run = latmix.quantize(model, tmp_path / "run", "rtn", CALIBRATION, settings=settings("rtn"))
-        file = run.path / "quantized.safetensors"
-        tensors = load_file(file)
+        file = run.path / "quantized-layer-00000.safetensors"
+        tensors, whole = load_file(file), file.read_bytes()
         save_file({key: value for key, value in tensors.items() if "down_proj.weight_scale" not in key}, file)
+        signed(run.path)
         with pytest.raises(latmix.LatmixError, match=r"lacks the tensor '.*down_proj.weight_scale'"):
             restore(run.path)
         save_file({**tensors, "extra": torch.zeros(1)}, file)
-        with pytest.raises(latmix.LatmixError, match="unexpected .'extra'"):
+        signed(run.path)
+        with pytest.raises(latmix.LatmixError, match="holds 'extra', which does not fit"):
             restore(run.path)
-        save_file(tensors, file)
+        file.write_bytes(whole)
+        signed(run.path)
         (run.path / "transforms.safetensors").write_bytes(b"short")
+        signed(run.path)
         with pytest.raises(latmix.LatmixError, match="transforms in .* cannot be loaded"):
             restore(run.path)

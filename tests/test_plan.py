@@ -11,6 +11,7 @@ import latmix
 from latmix.analysis.plan import Plan, plan
 from latmix.archs import ARCHS
 from latmix.assets import DEMO_MODEL
+from latmix.eval import size_of
 from latmix.recipe import override
 from latmix.recipes import find
 from tests.test_pipeline import save_tiny, settings
@@ -35,7 +36,7 @@ def test_predicted_size_is_the_real_size(family: str, recipe: str, tmp_path: Pat
     model = save_tiny(tmp_path / "model", family, tied=family == "qwen2")
     run = latmix.quantize(model, tmp_path / "run", recipe, CALIBRATION, 0, settings(recipe))
     (predicted,) = plan(model, recipe, (run.recipe.weights,)).checkpoints[1:]
-    assert predicted.disk == pytest.approx((run.path / "quantized.safetensors").stat().st_size, rel=0.01)
+    assert predicted.disk == pytest.approx(size_of(run.path, 1).bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("format", ["mxfp6_e2m3", "mxint8", "nvfp4", "mxfp4:block=16"])
@@ -43,7 +44,7 @@ def test_predicted_size_of_other_formats(format: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     run = latmix.quantize(model, tmp_path / "run", "rtn", CALIBRATION, 0, {**settings("rtn"), "weights": format})
     (predicted,) = plan(model, "rtn", (format,)).checkpoints[1:]
-    assert predicted.disk == pytest.approx((run.path / "quantized.safetensors").stat().st_size, rel=0.01)
+    assert predicted.disk == pytest.approx(size_of(run.path, 1).bytes, rel=0.01)
 
 
 PEAK = """

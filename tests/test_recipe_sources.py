@@ -1,5 +1,7 @@
 """Every baseline has the property that defines it in its source, and says what it runs online."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from latmix.layerwise import learn_layers
 from latmix.model.attach import attach
 from latmix.model.calibrate import Stream
 from latmix.model.checkpoint import share
-from latmix.model.fit import fit, metric
+from latmix.model.fit import fit, fitted, metric
 from latmix.model.fold import absorb_gains, fold
 from latmix.model.maps import Maps, build_maps
 from latmix.model.parts import layers
@@ -149,7 +151,10 @@ def test_wush_attains_the_bound_of_its_cost_and_nothing_near_is_better() -> None
 
 def test_wush_is_fitted_to_the_activations_and_readers_of_each_layer(model) -> None:
     maps = maps_of(find("wush"), model)
-    fit(maps, model, LLAMA, WINDOWS)
+    stream = Stream(model, LLAMA, WINDOWS)
+    for index, layer in enumerate(layers(model, LLAMA)):
+        fit(maps, LLAMA, index, layer, partial(stream.hessian, index))
+        stream.advance(index)
     spot = LLAMA.input("gate_up")
     stream = Stream(model, LLAMA, WINDOWS)
     stream.advance(0)
@@ -159,12 +164,7 @@ def test_wush_is_fitted_to_the_activations_and_readers_of_each_layer(model) -> N
     expected = optimum(moment[32:, 32:].double(), weights[32:, 32:].double()).float()
     torch.testing.assert_close(found.matrix()[32:, 32:], expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(LatmixError, match="remove folded.residual"):
-        fit(
-            build_maps(LLAMA, model.config, {"residual": "lu"}, {"qkv": "wush"}, block=32, seed=0),
-            model,
-            LLAMA,
-            WINDOWS,
-        )
+        fitted(build_maps(LLAMA, model.config, {"residual": "lu"}, {"qkv": "wush"}, block=32, seed=0), LLAMA, 0)
 
 
 def test_flatquant_lowers_each_layers_own_error_and_never_needs_the_next(model) -> None:

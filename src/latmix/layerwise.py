@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from latmix.errors import LatmixError
 from latmix.model.attach import Attached
-from latmix.model.calibrate import Stream
+from latmix.model.calibrate import Arguments, Stream
 from latmix.model.parts import layers
 from latmix.progress import Progress
 from latmix.recipe import Layerwise, Recipe
@@ -62,7 +62,7 @@ def learn_layers(
 
 def _learn_layer(
     student: nn.Module,
-    arguments: dict[str, object],
+    arguments: Arguments,
     maps: nn.ModuleList,
     entering: Tensor,
     leaving: Tensor,

@@ -1,4 +1,7 @@
-"""The order of the stages, and nothing else: load, learn, fold, quantize the weights, save, measure."""
+"""The order of the stages and the resume rule, nothing else: learn, convert layer by layer, tune, describe.
+
+A stage is done when its result has its name in the workspace; a call that finds it there goes on with the next one.
+"""
 
 import dataclasses
 import json
@@ -12,33 +15,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from latmix import recipes, targets
+from latmix.archs import Arch
 from latmix.assets import CALIBRATION
+from latmix.convert import Conversion, Task, fit_maps
 from latmix.data import calibration_windows, read_text, windows
-from latmix.distill import Answers, Mapped, Step, learn, mean_divergence, tune
-from latmix.errors import LatmixError
-from latmix.eval import Estimate, errors_of_run, score, size_of
+from latmix.distill import Step, learn, tune
+from latmix.errors import InputError
+from latmix.eval import Estimate, Scores, score, size_of
 from latmix.layerwise import learn_layers
 from latmix.model import checkpoint
-from latmix.model.attach import Attached, attach
-from latmix.model.calibrate import quantize_weights
-from latmix.model.fit import fit
-from latmix.model.fold import absorb_gains, fold
+from latmix.model.attach import attach
+from latmix.model.fold import absorb_gains, folded_weights
 from latmix.model.inputs import quantize_inputs
 from latmix.model.layout import layout_of
-from latmix.model.load import Loaded, load
+from latmix.model.load import Loaded, load, load_tokenizer
 from latmix.model.maps import Maps, build_maps, reports
-from latmix.model.parts import layers, linear, linears
-from latmix.numerics import kernels, parse_format
-from latmix.progress import Progress
+from latmix.model.parts import linears
+from latmix.model.source import open_source, pick_device
+from latmix.model.tensors import Tensors
+from latmix.numerics import Quantized, kernels, parse_format
+from latmix.progress import Logged, Progress
 from latmix.recipe import Recipe, override
-from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, is_run, new_run, write_json
+from latmix.rundir import (
+    LOG,
+    METRICS,
+    RECIPE,
+    SUMMARY,
+    TRANSFORMS,
+    TUNING,
+    digest,
+    is_run,
+    partial_of,
+    read_json,
+    write_json,
+)
 from latmix.stages import Stages
 from latmix.weights import parse_quantizer
+from latmix.workspace import LEARN, TUNE, Workspace, workspace
 
 LONGEST_WINDOW = 2048  # the field's window for perplexity, where the model can take it
 
@@ -69,13 +85,13 @@ class Evaluation:
 def quantize(
     model: Path | str,
     out: Path | str,
-    recipe: Recipe | str = recipes.DEFAULT,
+    recipe: Recipe | str = "latmix-lu",
     calibration: Path | str | None = None,
     seed: int | None = None,
     settings: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Run:
-    """Quantize a Hugging Face checkpoint folder into the new run directory `out`.
+    """Quantize a Hugging Face checkpoint folder into the new run directory `out`, or go on with a run that was stopped.
 
     Args:
         recipe: a preset's name, a JSON file or a `Recipe`.
@@ -84,56 +100,80 @@ def quantize(
         settings: dotted recipe keys to replace, values as text (`{"learning.steps": "50"}`).
 
     Where the recipe names a target, what that cannot express is left out, and the run holds the recipe as changed.
+    A run that was stopped, however, ends in the same bytes as one that was not; what may differ in the call that goes
+    on with it is in `latmix.workspace.MAY_CHANGE`.
 
-    Raises: LatmixError: bad input, in one sentence; nothing is left behind.
+    Raises: LatmixError: bad input, in one sentence, and nothing is left behind; or a failure in the middle, and what is
+        finished is kept for the next call.
     """
+    partial_of(out := Path(out))
     recipe = override(recipes.find(recipe), settings or {})
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
-    weights, quantizer = parse_format(recipe.weights), parse_quantizer(recipe.quantizer)
-    progress, stages = progress or Progress(), Stages()
-    with new_run(Path(out)) as folder:
-        with stages.stage("load"):
-            corpus = read_text(calibration or CALIBRATION, recipe.calibration.separator)
-            loaded = load(model)
-            taught, held_out = calibration_windows(corpus, loaded.tokenizer, recipe.calibration, loaded.longest)
-            recipe = targets.fit(recipe, layout_of(loaded.model, loaded.arch, recipe))
-            absorb_gains(loaded.model, loaded.arch)
-        student, maps, float_change = _transform(loaded, taught, held_out, recipe, folder, stages, progress)
-        with stages.stage("quantize"):
-            progress.stage("quantize", len(layers(student, loaded.arch)))
-            unrounded = {p: place.weight for p, place in linears(student, loaded.arch).items()} if recipe.tuning else {}
-            quantized = quantize_weights(
-                student, loaded.arch, taught, quantizer, weights, lambda layer: progress.advance(f"layer {layer}")
-            )
-        if recipe.tuning is not None:
-            with stages.stage("tune"), _curve(folder / TUNING, "tune", recipe.tuning.steps, progress) as record:
-                arguments = (loaded.model, taught, held_out, recipe.tuning, recipe.seed, record)
-                quantized = tune(student, loaded.arch, quantized, unrounded, *arguments)
-                checkpoint.round_kept(student, loaded.arch)
-        with stages.stage("save"):
-            checkpoint.save(student, quantized, loaded.tokenizer, folder)
-            maps.save(folder / TRANSFORMS)
-        with stages.stage("measure"):
-            scores = score(student, held_out, loaded.model)
-            rounded = parse_format(recipe.activations)
-            errors = errors_of_run(loaded, maps, held_out, rounded) if rounded else {}
-        size = size_of(folder, sum(q.codes.numel() for q in quantized.values()))
-        summary = {
-            "recipe": recipe.digest,
-            "held_out": dataclasses.asdict(scores),
-            "size": dataclasses.asdict(size),
-            "float_change_kl": float_change,
-            "maps": reports(maps),
-            "errors": errors,
-            "stages": stages.costs,
-            "kernels": kernels.status(),
-            "model": str(model),
-            "calibration": {"text": corpus.source, "sha256": corpus.digest, "shape": list(taught.shape)},
-            "versions": _versions(),
-        }
-        (folder / RECIPE).write_text(recipe.to_json() + "\n", "utf-8")
-        write_json(folder / SUMMARY, summary)
-    return Run(Path(out), recipe, summary)
+    quantizer = parse_quantizer(recipe.quantizer)
+    source = open_source(model)
+    tokenizer = load_tokenizer(source.path)
+    corpus = read_text(calibration or CALIBRATION, recipe.calibration.separator)
+    taught, held_out = calibration_windows(corpus, tokenizer, recipe.calibration, source.longest)
+    recipe = targets.fit(recipe, layout_of(source.skeleton(), source.arch, recipe))
+    weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
+    maps = _maps(source.arch, source.config, recipe)
+    task = Task(source, maps, weights, activations, quantizer, taught, held_out)
+    inputs = {"model": source.digest(), "calibration": corpus.digest, "device": pick_device().type, **_versions()}
+    with workspace(out, recipe, inputs) as space:
+        if not (space.folder / SUMMARY).exists():
+            stages = Stages(space.work / "stages.json")
+            told = Logged(progress or Progress(), space.folder / LOG)
+            found = _convert(task, tokenizer, recipe, space, stages, told)
+            summary = {
+                "recipe": recipe.digest,
+                **found,
+                "model": str(model),
+                "calibration": {"text": corpus.source, "sha256": corpus.digest, "shape": list(taught.shape)},
+                "versions": _versions() | _machine(),
+            }
+            write_json(space.folder / SUMMARY, summary)
+    return Run(out, recipe, read_json(out / SUMMARY))
+
+
+def _convert(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    space: Workspace,
+    stages: Stages,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The stages in order, each skipped where its result is there; returns what they found."""
+    folder, maps = space.folder, task.maps
+    with stages.stage("learn"):
+        before = _learned(task, recipe, space, progress)
+    stages.save()
+    conditions = reports(maps)
+    shards = folder if recipe.tuning is None else space.work
+    conversion = Conversion(task, shards, space.work, stages)
+    conversion.run(progress)
+    with stages.stage("measure"):
+        measured = conversion.measured()
+    scores = measured and measured.scores
+    if recipe.tuning is not None:
+        with stages.stage("tune"):
+            scores = _tuned(task, recipe, space, progress)
+    with stages.stage("save"):
+        model = task.source.skeleton()
+        checkpoint.describe(model, tokenizer, folder)
+        files = {path.name: _entry(path) for path in sorted(folder.glob(checkpoint.EVERY))}
+        count = _quantized_weights(model, task.source.arch)
+    change = measured and measured.float_change
+    return {
+        "held_out": scores and dataclasses.asdict(scores),
+        "size": dataclasses.asdict(size_of(folder, count)),
+        "float_change_kl": {"before": change if before is None else before, "after": change},
+        "maps": conditions,
+        **conversion.notes(),
+        "files": {**files, TRANSFORMS: _entry(folder / TRANSFORMS)},
+        "stages": stages.costs,
+        "kernels": kernels.status(),
+    }
 
 
 def evaluate(
@@ -156,14 +196,12 @@ def evaluate(
     loaded = restore(target) if is_run(target) else load(target)
     original = load(reference) if reference is not None else None
     if window is not None and not 2 <= window <= loaded.longest:
-        raise LatmixError(f"A window of {window} tokens does not fit this model; choose from 2 to {loaded.longest}.")
+        raise InputError(f"A window of {window} tokens does not fit this model; choose from 2 to {loaded.longest}.")
     cut = windows(corpus, loaded.tokenizer, window or min(LONGEST_WINDOW, loaded.longest))
     if original and original.model.config.vocab_size != loaded.model.config.vocab_size:
-        raise LatmixError(f"The reference '{reference}' has another vocabulary than '{target}'.")
+        raise InputError(f"The reference '{reference}' has another vocabulary than '{target}'.")
     scores = score(loaded.model, cut, original.model if original else None)
-    owners = layers(loaded.model, loaded.arch)
-    count = sum(linear(layer, name).weight.numel() for layer in owners for name in loaded.arch.linears)
-    size = size_of(target, count)
+    size = size_of(target, _quantized_weights(loaded.model, loaded.arch))
     return Evaluation(
         scores.perplexity, scores.kl, scores.top1_agreement, size.bytes, size.bits_per_weight, str(text), *cut.shape
     )
@@ -177,59 +215,82 @@ def restore(path: Path, rounded: bool = True) -> Loaded:
     recipe = recipes.find(str(path / RECIPE))
     activations = parse_format(recipe.activations)
     loaded = checkpoint.restore(path, parse_format(recipe.weights))
-    maps = _maps(loaded, recipe)
+    maps = _maps(loaded.arch, loaded.model.config, recipe)
     maps.restore(path / TRANSFORMS)
     quantize_inputs(loaded.model, loaded.arch, maps, activations if rounded else None)
     return loaded
 
 
-def _transform(
-    loaded: Loaded,
-    taught: Int[Tensor, "learn window"],
-    held_out: Int[Tensor, "held_out window"],
-    recipe: Recipe,
-    folder: Path,
-    stages: Stages,
-    progress: Progress,
-) -> tuple[PreTrainedModel, Maps, dict[str, float]]:
-    """Attach, learn and fold: the model to quantize, its inputs rounded; its maps; what they cost in float."""
-    activations, weights = parse_format(recipe.activations), parse_format(recipe.weights)
-    torch.manual_seed(recipe.seed)
-    student, maps = checkpoint.share(loaded.model), _maps(loaded, recipe)
-    taught_by = recipe.learning or recipe.layerwise
-    in_loop = weights if taught_by and taught_by.weights else None
-    attached = attach(student, loaded.arch, maps, activations, in_loop)
-    before = _float_change(loaded.model, attached, held_out)
-    with stages.stage("learn"):
-        fit(maps, loaded.model, loaded.arch, taught)
-        learn_layers(attached, loaded.model, taught, recipe, progress)
-        _learn(attached, loaded.model, taught, held_out, recipe, folder, progress)
-    after = _float_change(loaded.model, attached, held_out)
-    with stages.stage("fold"):
-        fold(attached, activations)
-        checkpoint.round_kept(student, loaded.arch)
-    return student, maps, {"before": before, "after": after}
-
-
-def _maps(loaded: Loaded, recipe: Recipe) -> Maps:
+def _maps(arch: Arch, config: PreTrainedConfig, recipe: Recipe) -> Maps:
     block = (parse_format(recipe.activations) or parse_format(recipe.weights)).block
-    maps = build_maps(loaded.arch, loaded.model.config, recipe.folded, recipe.online, block=block, seed=recipe.seed)
-    return maps.to(loaded.model.device)
+    return build_maps(arch, config, recipe.folded, recipe.online, block=block, seed=recipe.seed).to(pick_device())
 
 
-def _learn(
-    attached: Attached,
-    teacher: PreTrainedModel,
-    taught: Int[Tensor, "learn window"],
-    held_out: Int[Tensor, "held_out window"],
-    recipe: Recipe,
-    folder: Path,
-    progress: Progress,
-) -> None:
-    if recipe.learning is None or not attached.maps.learned():
-        return
-    with _curve(folder / METRICS, "learn", recipe.learning.steps, progress) as record:
-        learn(attached, teacher, taught, held_out, recipe.learning, recipe.seed, record)
+def _learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> float | None:
+    """Fit and learn the maps, in place; returns what they cost in float before, None where nothing learns."""
+    maps, file, noted = task.maps, space.folder / TRANSFORMS, space.work / "before.json"
+    if file.exists():
+        maps.restore(file)
+    else:
+        torch.manual_seed(recipe.seed)
+        fit_maps(task.source, maps, task.taught, space.work, progress)
+        if recipe.layerwise is not None or (recipe.learning is not None and maps.learned()):
+            _learn(task, recipe, space, progress, noted)
+        maps.save(file)
+    return read_json(noted) if noted.exists() else None
+
+
+def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress, noted: Path) -> None:
+    """Learning couples all layers: the whole model is in memory, and gone afterwards."""
+    teacher = load(task.source.path).model
+    arch, maps = task.source.arch, task.maps
+    absorb_gains(teacher, arch)
+    taught_by = recipe.learning or recipe.layerwise
+    in_loop = task.weights if taught_by and taught_by.weights else None
+    attached = attach(checkpoint.share(teacher), arch, maps, task.activations, in_loop)
+    with attached.unquantized():
+        change = score(attached.model, task.held_out, teacher).kl
+    assert change is not None
+    write_json(noted, change.mean)
+    learn_layers(attached, teacher, task.taught, recipe, progress)
+    if recipe.learning is not None and maps.learned():
+        with _curve(space.folder / METRICS, "learn", recipe.learning.steps, progress) as record:
+            snapshot = space.snapshot(LEARN)
+            learn(attached, teacher, task.taught, task.held_out, recipe.learning, recipe.seed, record, snapshot)
+
+
+def _tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> Scores:
+    """Tune the quantized model of `work` as a whole, write it to the run's folder, and measure it."""
+    source, arch = task.source, task.source.arch
+    teacher = load(source.path).model
+    absorb_gains(teacher, arch)
+    if not (space.folder / checkpoint.HEAD).exists():
+        student, quantized = _quantized(task, space.work)
+        unrounded = folded_weights(teacher, arch, task.maps)
+        assert recipe.tuning is not None
+        with _curve(space.folder / TUNING, "tune", recipe.tuning.steps, progress) as record:
+            arguments = (teacher, task.taught, task.held_out, recipe.tuning, recipe.seed, record, space.snapshot(TUNE))
+            quantized = tune(student, arch, quantized, unrounded, *arguments)
+        checkpoint.save(student, arch, quantized, space.folder)
+    student, _ = _quantized(task, space.folder)
+    return score(student, task.held_out, teacher)
+
+
+def _quantized(task: Task, shards: Path) -> tuple[PreTrainedModel, dict[str, Quantized]]:
+    """The whole quantized model that stands in these files, its inputs rounded, and its codes."""
+    source, model = task.source, task.source.skeleton()
+    tensors = Tensors.of(sorted(shards.glob(checkpoint.EVERY)))
+    quantized = checkpoint.assemble(model, source.arch, tensors, task.weights)
+    quantize_inputs(model, source.arch, task.maps, task.activations)
+    return model, quantized
+
+
+def _quantized_weights(model: PreTrainedModel, arch: Arch) -> int:
+    return sum(place.weight.numel() for place in linears(model, arch).values())
+
+
+def _entry(path: Path) -> dict[str, int | str]:
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 @contextmanager
@@ -246,12 +307,9 @@ def _curve(path: Path, stage: str, steps: int, progress: Progress) -> Iterator[C
         yield record
 
 
-def _float_change(reference: PreTrainedModel, attached: Attached, held_out: Int[Tensor, "held_out window"]) -> float:
-    """KL of the model under the maps, nothing rounded: what an inexact map costs by itself."""
-    with attached.unquantized():
-        return mean_divergence(Answers(reference, held_out), Mapped(attached, 0.0), held_out)
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("latmix", "torch", "transformers")}
 
 
-def _versions() -> dict[str, str | int | None]:
-    packages = {name: version(name) for name in ("latmix", "torch", "transformers")}
-    return packages | {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+def _machine() -> dict[str, str | int | None]:
+    return {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}

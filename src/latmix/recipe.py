@@ -31,7 +31,8 @@ class Calibration:
 
     Attributes:
         windows: token windows to learn and to calibrate on (the paper: 256 sequences).
-        held_out: further windows, never learned from, that choose the best step and measure the run.
+        held_out: further windows, never learned from, that choose the best step and measure the run; 0 where nothing
+            learns: then nothing is measured.
         window: tokens in a window; capped by the model's longest position.
         separator: what stands between documents, each of which is opened by BOS; None: the text is one document.
     """
@@ -42,7 +43,7 @@ class Calibration:
     separator: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least("calibration", self, windows=1, held_out=1, window=2)
+        _at_least("calibration", self, windows=1, held_out=0, window=2)
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,10 @@ class Recipe:
     tuning: Tuning | None = None
     calibration: Calibration = Calibration()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.calibration.held_out and (self.learning or self.tuning):
+            raise InputError("Recipe key 'calibration.held_out' is 0; learning needs some to choose the best step.")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

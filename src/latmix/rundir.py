@@ -1,9 +1,10 @@
-"""Run directories: a folder appears under its name when everything in it is written, or not at all.
+"""Names in a run directory, and files that are there whole or not at all.
 
-A run is built in `NAME.partial` beside its final place and renamed at the end, so that a half-written run is never
-taken for a finished one. Given up: a run directory on another file system than its parent.
+A file is written under another name, flushed to the disk and renamed, so one that has its name is whole, whenever the
+process or the machine stops. Given up: folders that live on another file system than their parent.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,11 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latmix.errors import LatmixError, WriteError
+from latmix.errors import DamagedError, InputError, WriteError
 from latmix.typed import parsed
 
 RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
 METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
+INPUTS, LOG = "inputs.json", "log.txt"  # what the run is made from, by content; when it did what
+
+
+def partial_of(out: Path) -> Path:
+    """Where `out` is built, beside its final place.
+
+    Raises: InputError: `out` exists.
+    """
+    if out.exists():
+        raise InputError(f"The output folder '{out}' exists; choose another --out or remove it.")
+    return out.with_name(out.name + ".partial")
 
 
 @contextmanager
@@ -25,18 +37,16 @@ def new_run(out: Path) -> Iterator[Path]:
 
     Raises: LatmixError: `out` exists, or another process is writing it, or its parent cannot be written.
     """
-    if out.exists():
-        raise LatmixError(f"The output folder '{out}' exists; choose another --out or remove it.")
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     except FileExistsError:
-        raise LatmixError(
+        raise InputError(
             f"'{partial}' exists: another run is writing it, or one was killed; remove it first."
         ) from None
     except OSError as error:
-        raise LatmixError(f"Cannot write to '{partial.parent}': {error.strerror}.") from error
+        raise WriteError(f"Cannot write to '{partial.parent}': {error.strerror}.") from error
     try:
         yield partial
         os.replace(partial, out)
@@ -73,7 +83,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Raises: LatmixError: the file cannot be written."""
+    """Raises: WriteError: the file cannot be written."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -88,10 +98,17 @@ def read_json(path: Path) -> Any:
     try:
         return parsed(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise LatmixError(f"'{path}' is missing.") from None
+        raise InputError(f"'{path}' is missing.") from None
     except (OSError, ValueError) as error:
-        raise LatmixError(f"'{path}' cannot be read as JSON: {error}.") from error
+        raise DamagedError(f"'{path}' cannot be read as JSON: {error}.") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_run(path: Path) -> bool:
-    return (path / RECIPE).is_file()
+    """A finished run: its summary is what was written last."""
+    return (path / SUMMARY).is_file() and (path / RECIPE).is_file()

@@ -1,4 +1,4 @@
-"""What each stage of a run cost: seconds and peak memory."""
+"""What each stage of a run cost: seconds and peak memory, over all processes that worked on it."""
 
 import resource
 import time
@@ -8,25 +8,37 @@ from pathlib import Path
 
 import torch
 
+from latmix.rundir import read_json, write_json
+
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class Stages:
-    """A ledger. `seconds` is wall time; `peak_bytes` the largest resident memory while the stage ran (on systems
-    without a resettable high-water mark: up to its end); `peak_device_bytes` the same of GPU allocations."""
+    """A ledger. `seconds` is wall time, summed over a stage's parts; `peak_bytes` the largest resident memory while it
+    ran (on systems without a resettable high-water mark: up to its end), pages of mapped files included;
+    `peak_device_bytes` the same of GPU allocations.
 
-    def __init__(self) -> None:
-        self.costs: dict[str, dict[str, float]] = {}
+    file: where `save` keeps it for a process that goes on. What a killed process spent since then is not counted.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self.costs: dict[str, dict[str, float]] = read_json(file) if file is not None and file.exists() else {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         _reset_peak()
         began = time.perf_counter()
         yield
-        cost: dict[str, float] = {"seconds": time.perf_counter() - began, "peak_bytes": _peak()}
+        cost = self.costs.setdefault(name, {"seconds": 0.0, "peak_bytes": 0})
+        cost["seconds"] += time.perf_counter() - began
+        cost["peak_bytes"] = max(cost["peak_bytes"], _peak())
         if torch.cuda.is_available():
-            cost["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-        self.costs[name] = cost
+            cost["peak_device_bytes"] = max(cost.get("peak_device_bytes", 0), torch.cuda.max_memory_allocated())
+
+    def save(self) -> None:
+        assert self._file is not None
+        write_json(self._file, self.costs)
 
 
 def _reset_peak() -> None:

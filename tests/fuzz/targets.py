@@ -21,9 +21,10 @@ from latmix.cli.terminal import settings
 from latmix.data import calibration_windows, read_text
 from latmix.eval.activations import places
 from latmix.export.folder import MANIFEST, VERSION, open_export
-from latmix.model.load import load_tokenizer, read_arch
+from latmix.model.load import load_tokenizer
 from latmix.model.maps import build_transform
 from latmix.model.shards import INDEX, read_header, stored_tensors
+from latmix.model.source import read_arch
 from latmix.numerics import FORMATS, SCALE_RULES, parse_format
 from latmix.recipe import Calibration, from_json, override
 from latmix.recipes import RECIPES, find

@@ -21,14 +21,21 @@ from torch import nn
 from latmix import recipes
 from latmix.archs import Arch
 from latmix.errors import DamagedError
-from latmix.model.load import read_arch
+from latmix.eval.heldout import LOGITS
 from latmix.model.parts import layers, linear
+from latmix.model.source import read_arch
+from latmix.model.tensors import PIECE
 from latmix.numerics import FORMATS, BlockFormat, parse_format
 from latmix.recipe import Recipe
 from latmix.targets import expected_biases
 
 KEPT, FULL = 2, 4  # bytes: bfloat16 on disk and in the cache, float32 while quantizing
 LEARN_LOGITS, MEASURE_LOGITS = 8, 5  # tensors of the size of the logits that live at once
+LAYER_WIDTHS, LAYER_FFN = (
+    8,
+    3,
+)  # alive at once in a layer's forward, per token: vectors of hidden, of feed-forward width
+ROUND = 7  # float32 copies of a linear that live while it is folded or rounded
 LEARN_WIDTHS, LEARN_FFN = 20, 9  # kept for backward per token and layer: vectors of hidden, of feed-forward width
 MEASURE_BATCH = 8  # windows in one forward
 WARM = 170 * 10**6  # tokenizer, first forward, compiler of the kernels: measured on the demo model, 2026-11-22
@@ -155,18 +162,20 @@ def _work(skeleton: nn.Module, arch: Arch, recipe: Recipe, config: transformers.
     linears = _linears(skeleton, arch).values()
     packed = sum(rows * columns for rows, columns in linears)
     table = config.vocab_size * config.hidden_size
-    everything = FULL * (packed + 2 * table)  # the head is untied before anything moves
+    everything = FULL * (packed + 2 * table)  # what learns needs the whole model; the head is untied
     moved = FULL * (packed + (2 * table if recipe.folded else 0))
     window = min(recipe.calibration.window, config.max_position_embeddings)
     tokens, base = recipe.calibration.windows * window, resident() + WARM
-    logits = MEASURE_BATCH * window * config.vocab_size * FULL
     per_token = config.num_hidden_layers * (LEARN_WIDTHS * config.hidden_size + LEARN_FFN * config.intermediate_size)
     widest = max(columns for _, columns in linears)
+    largest = max(rows * columns for rows, columns in linears)
+    layer = FULL * packed // config.num_hidden_layers
+    batch = MEASURE_BATCH * window * FULL * (LAYER_WIDTHS * config.hidden_size + LAYER_FFN * config.intermediate_size)
     hessians = 40 * widest**2 if recipe.quantizer.startswith("gptq") else 0  # H, its factor and order, mostly float64
-    hidden = 2 * tokens * config.hidden_size * FULL if hessians else 0
+    logits = min(LOGITS, MEASURE_BATCH * window * config.vocab_size) * FULL
     peak = {
-        "quantize": base + everything + moved + packed + hidden + hessians,
-        "measure": base + everything + moved + packed + MEASURE_LOGITS * logits,
+        "quantize": base + layer + max(ROUND * FULL * largest, hessians) + (batch if hessians else 0),
+        "measure": base + max(layer + batch, FULL * min(table, PIECE) + MEASURE_LOGITS * logits),
     }
     rate = _flops()
     seconds = {"quantize": 2 * packed * tokens * (1 + len(arch.inputs) / 2) / rate if hessians else 0.0}

@@ -108,9 +108,16 @@ def _comparison(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
         s, held_out = record.summary, record.summary["held_out"]
-        kl, stages = held_out["kl"], s["stages"].values()
-        figures = [f"{held_out['perplexity']['mean']:.3f}", f"{kl['mean']:.4f}", f"{kl['low']:.4f}–{kl['high']:.4f}"]
-        figures += [f"{held_out['top1_agreement']['mean']:.1%}", f"{s['size']['bits_per_weight']:.2f}"]
+        stages, figures = s["stages"].values(), ["not measured"] * 4
+        if held_out is not None:
+            kl, agreement = held_out["kl"], held_out["top1_agreement"]["mean"]
+            figures = [
+                f"{held_out['perplexity']['mean']:.3f}",
+                f"{kl['mean']:.4f}",
+                f"{kl['low']:.4f}–{kl['high']:.4f}",
+            ]
+            figures.append(f"{agreement:.1%}")
+        figures.append(f"{s['size']['bits_per_weight']:.2f}")
         costs = [sum(cost["seconds"] for cost in stages), max(cost["peak_bytes"] for cost in stages) / 1e6]
         figures += [f"{s['size']['bytes'] / 1e6:.2f}", f"{costs[0]:.1f}", f"{costs[1]:.0f}"]
         rows.append([record.name, record.recipe["name"], str(record.recipe["seed"]), *figures])

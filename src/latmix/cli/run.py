@@ -47,9 +47,10 @@ def quantize(
     """Learn transformations, fold them, quantize the weights, and measure the result on held-out calibration text."""
     with TerminalProgress() as progress:
         run = latmix.quantize(model, out, recipe, calibration, seed, settings(set_ or []), progress)
-    rich.print(score_table(f"{run.recipe.name} on held-out calibration text", run.summary["held_out"]))
-    change = run.summary["float_change_kl"]
-    print(f"Maps alone, nothing rounded: KL {change['before']:.4f} before learning, {change['after']:.4f} after")
+    if (scores := run.summary["held_out"]) is not None:
+        rich.print(score_table(f"{run.recipe.name} on held-out calibration text", scores))
+        change = run.summary["float_change_kl"]
+        print(f"Maps alone, nothing rounded: KL {change['before']:.4f} before learning, {change['after']:.4f} after")
     print(f"{run.summary['size']['bits_per_weight']:.2f} bits per quantized weight; the run is in {run.path}")
 
 

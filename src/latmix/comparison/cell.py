@@ -10,7 +10,6 @@ cell; whoever holds it may clear away what a killed predecessor left.
 import dataclasses
 import fcntl
 import os
-import shutil
 import sys
 import threading
 import traceback
@@ -33,7 +32,6 @@ def compute(cell: Cell) -> None:
     """
     with _owned(Path(cell.folder)):
         if cell.recipe is not None and not cell.run.is_dir():
-            shutil.rmtree(cell.run.with_name(cell.run.name + ".partial"), ignore_errors=True)
             quantize(cell.model, cell.run, cell.recipe, cell.calibration)
         target = Path(cell.model) if cell.recipe is None else cell.run
         ask = cell.measures

@@ -4,12 +4,14 @@ A place is an input of a layer ("qkv/0"). A word names one or many: an input ("d
 ("residual": every input that reads the stream), either with a layer ("residual/3").
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from latmix.archs import Arch
 from latmix.errors import InputError
@@ -60,26 +62,36 @@ def collect(
 
     Cost: one forward of the model; `tokens` times the width of every input in memory.
     """
-    total = windows.numel()
-    picks = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: min(tokens, total)].sort().values
-    seen: dict[Place, list[Tensor]] = {}
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[picks] = True
-    now = chosen[:0]
-    hooks = []
+    chosen = drawn(windows.numel(), tokens, seed)
+    with ExitStack() as stack:
+        each = [stack.enter_context(noted(layer, loaded.arch, chosen)) for layer in layers(loaded.model, loaded.arch)]
+        for ids in windows.split(BATCH):
+            loaded.model(ids.to(loaded.model.device), use_cache=False)
+    return {Place(name, i): torch.cat(parts) for i, seen in enumerate(each) for name, parts in seen.items()}
 
-    def note(place: Place, x: Tensor) -> Tensor:
-        seen.setdefault(place, []).append(x.flatten(0, -2)[now.to(x.device)])
+
+def drawn(total: int, tokens: int, seed: int) -> Bool[Tensor, " total"]:
+    """Which of `total` tokens are looked at: `tokens` of them, at random."""
+    picks = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:tokens]
+    return torch.zeros(total, dtype=torch.bool).index_fill_(0, picks, True)
+
+
+@contextmanager
+def noted(layer: nn.Module, arch: Arch, chosen: Bool[Tensor, " total"]) -> Iterator[Mapping[str, list[Tensor]]]:
+    """Within, a layer notes the chosen tokens' activations at each of its inputs, by the input's name; the windows pass
+    through it once, in order."""
+    seen: dict[str, list[Tensor]] = {spot.name: [] for spot in arch.inputs}
+    passed = dict.fromkeys(seen, 0)
+
+    def note(name: str, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        begin, passed[name] = passed[name], passed[name] + len(tokens)
+        seen[name].append(tokens[chosen[begin : passed[name]].to(x.device)])
         return x
 
-    for index, layer in enumerate(layers(loaded.model, loaded.arch)):
-        for spot in loaded.arch.inputs:
-            hooks.append(watch(layer, spot, lambda x, place=Place(spot.name, index): note(place, x)))  # type: ignore[misc]
+    hooks = [watch(layer, spot, partial(note, spot.name)) for spot in arch.inputs]
     try:
-        for ids, mask in zip(windows.split(BATCH), chosen.view(windows.shape).split(BATCH), strict=True):
-            now = mask.flatten()
-            loaded.model(ids.to(loaded.model.device), use_cache=False)
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
-    return {place: torch.cat(parts) for place, parts in seen.items()}

@@ -4,17 +4,17 @@ The error is taken in the original basis, where maps can be compared: a map that
 is undone. The blocks of E_B are those of x, whatever T did to them, so their mean is E(T).
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from latmix.eval.activations import collect
+from latmix.archs import Arch
+from latmix.eval.activations import Place
 from latmix.model.attach import linear_maps
-from latmix.model.load import Loaded
 from latmix.model.maps import Maps
-from latmix.model.parts import layers
 from latmix.numerics import BlockFormat, fake_quant
 from latmix.numerics.scales import to_blocks
 from latmix.transforms import Transform, evaluated_once
@@ -57,33 +57,40 @@ def through(map: Transform | None, x: Float[Tensor, "*batch n"], fmt: BlockForma
 
 
 @torch.no_grad()
-def errors_of_run(
-    original: Loaded, maps: Maps, windows: Int[Tensor, "windows window"], fmt: BlockFormat
+def errors_of_layer(
+    layer: nn.Module,
+    arch: Arch,
+    maps: Maps,
+    index: int,
+    heads: int,
+    activations: Mapping[str, Float[Tensor, "tokens n"]],
+    fmt: BlockFormat,
 ) -> dict[str, dict[str, list[float]]]:
-    """At every input of every layer: E_B relative to the mean square of the activation, without a map ("before") and
-    with the run's ("after"), on the activations of the unquantized model, whose norm gains have been absorbed.
+    """At every input of a layer: E_B relative to the mean square of the activation, without a map ("before") and with
+    the run's ("after").
 
     A map of the stream acts before the norm, which divides its shift by another number at every token; there the linear
-    part alone is taken. Cost: one forward, and one inverse of each map per place.
+    part alone is taken. Cost: one inverse of each map per place.
+
+    Args:
+        layer: plain, its norm gains absorbed.
+        heads: KV heads.
+        activations: by input, of the unquantized model whose norm gains have been absorbed.
     """
     found: dict[str, dict[str, list[float]]] = {}
-    heads = original.model.config.num_key_value_heads
-    owners = layers(original.model, original.arch)
-    with evaluated_once(maps):
-        for place, x in collect(original, windows, TOKENS, seed=0).items():
-            reader = original.arch.input(place.input).readers[0]
-            map, _ = linear_maps(original.arch, maps, owners[place.layer], reader, place.layer, heads)
-            stream = any(site.stream for site in original.arch.sources(reader))
-            rounded = fake_quant(x, fmt)
-            after = rounded
-            if map is not None and stream:
-                after = map.solve(fake_quant(map.linear(x), fmt))
-            elif map is not None:
-                after = map.inverse(fake_quant(map(x), fmt))
-            energy = x.double().square().mean()
-            both = {"before": rounded, "after": after}
-            found[str(place)] = {
-                key: (_means((value - x).double().square().mean(0), fmt) / energy).tolist()
-                for key, value in both.items()
-            }
+    for name, x in activations.items():
+        reader = arch.input(name).readers[0]
+        map, _ = linear_maps(arch, maps, layer, reader, index, heads)
+        stream = any(site.stream for site in arch.sources(reader))
+        rounded = fake_quant(x, fmt)
+        after = rounded
+        if map is not None and stream:
+            after = map.solve(fake_quant(map.linear(x), fmt))
+        elif map is not None:
+            after = map.inverse(fake_quant(map(x), fmt))
+        energy = x.double().square().mean()
+        both = {"before": rounded, "after": after}
+        found[str(Place(name, index))] = {
+            key: (_means((value - x).double().square().mean(0), fmt) / energy).tolist() for key, value in both.items()
+        }
     return found

@@ -54,21 +54,37 @@ def score(
     batch: int = 8,
 ) -> Scores:
     """Cost: one forward of the model, and of the reference, per window."""
-    nll, kl, agreement = [], [], []
+    scoring = Scoring(windows)
     for ids in windows.to(model.device).split(batch):
-        logits = model(ids, use_cache=False).logits[:, :-1].float()
-        nll.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1))
-        if reference is not None:
-            expected = reference(ids, use_cache=False).logits[:, :-1].float()
-            kl.append(divergence(expected, logits).mean(1))
-            agreement.append((expected.argmax(-1) == logits.argmax(-1)).double().mean(1))
-    return Scores(
-        perplexity=bootstrap(_join(nll), exponential=True),
-        kl=bootstrap(_join(kl)) if kl else None,
-        top1_agreement=bootstrap(_join(agreement)) if agreement else None,
-    )
+        got = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        expected = None if reference is None else reference(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        scoring.add(got, expected)
+    return scoring.scores()
 
 
-def _join(parts: list[Tensor]) -> Float[np.ndarray, " windows"]:
-    joined: np.ndarray = torch.cat(parts).double().cpu().numpy()
-    return joined
+class Scoring:
+    """Scores from logits, which come for some tokens at a time: window after window, without the last token of each."""
+
+    def __init__(self, windows: Int[Tensor, "windows window"]) -> None:
+        self._following, self._windows, self._at = windows[:, 1:].flatten(), len(windows), 0
+        self._nll, self._kl, self._agreement = list[Tensor](), list[Tensor](), list[Tensor]()
+
+    def add(self, got: Float[Tensor, "tokens vocabulary"], expected: Float[Tensor, "tokens vocabulary"] | None) -> None:
+        """expected: the reference's logits, in every call or in none."""
+        following = self._following[self._at : self._at + len(got)].to(got.device)
+        self._at += len(got)
+        self._nll.append(F.cross_entropy(got.float(), following, reduction="none"))
+        if expected is not None:
+            self._kl.append(divergence(expected.float(), got.float()))
+            self._agreement.append((expected.argmax(-1) == got.argmax(-1)).double())
+
+    def scores(self) -> Scores:
+        return Scores(
+            perplexity=bootstrap(self._means(self._nll), exponential=True),
+            kl=bootstrap(self._means(self._kl)) if self._kl else None,
+            top1_agreement=bootstrap(self._means(self._agreement)) if self._agreement else None,
+        )
+
+    def _means(self, parts: list[Tensor]) -> Float[np.ndarray, " windows"]:
+        means: np.ndarray = torch.cat(parts).view(self._windows, -1).mean(1).double().cpu().numpy()
+        return means

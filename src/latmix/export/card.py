@@ -26,6 +26,11 @@ def write(folder: Path, final: Path) -> None:
     manifest = read_json(folder / "latmix.json")
     recipe, target = manifest["recipe"], manifest["target"]
     held_out = manifest["held_out"]
+    measured = "not measured"
+    if held_out is not None:
+        kl, agreement = held_out["kl"]["mean"], held_out["top1_agreement"]["mean"]
+        measured = f"perplexity {held_out['perplexity']['mean']:.3f}, KL to the original {kl:.4f} nats a token,\n"
+        measured += f"top-1 agreement {100 * agreement:.1f} %"
     online = ", ".join(f"`{spec}` at the input of {spot}" for spot, spec in manifest["online"].items()) or "none"
     served = sum(
         entry["bytes"] for name, entry in manifest["files"].items() if name.endswith((".safetensors", ".gguf"))
@@ -44,8 +49,7 @@ Quantized by latmix {manifest["latmix"]} ([method](https://arxiv.org/abs/2602.17
 - Online transforms: {online}. Biases: {", ".join(manifest["biases"]) or "none"}.
 - {served:,} bytes of tensors; {manifest["bf16_bytes"]:,} in bfloat16 with the head untied.
 
-On held-out calibration text: perplexity {held_out["perplexity"]["mean"]:.3f}, KL to the original
-{held_out["kl"]["mean"]:.4f} nats a token, top-1 agreement {100 * held_out["top1_agreement"]["mean"]:.1f} %.
+On held-out calibration text: {measured}.
 
 ## Serve
 

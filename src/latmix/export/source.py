@@ -16,8 +16,8 @@ from torch import Tensor
 from latmix import recipes
 from latmix.archs import Arch
 from latmix.errors import DamagedError, InputError
-from latmix.model.load import read_arch
 from latmix.model.maps import Maps, build_maps
+from latmix.model.source import read_arch
 from latmix.numerics import parse_format
 from latmix.recipe import Recipe
 from latmix.rundir import RECIPE, SUMMARY, TRANSFORMS, is_run, read_json

@@ -6,8 +6,8 @@ A linear that reads basis S and writes basis T computes, with column vectors,
 
 (k is 1, but 0 for a writer of the residual stream, where the embedding has put v_T already, and −1 for its last writer
 if the shift ends there). `moved` is that one formula; attached linears evaluate it in every forward, so that gradients
-reach the maps, `fold` evaluates it once in float64. Replacing a linear by a module that holds it, instead of
-parametrizing its weight and bias tensors one by one, keeps the formula whole and leaves nothing behind: afterwards a
+reach the maps, `latmix.model.fold` evaluates it once in float64. Replacing a linear by a module that holds it, instead
+of parametrizing its weight and bias tensors one by one, keeps the formula whole and leaves nothing behind: afterwards a
 plain linear stands in its place.
 """
 
@@ -79,10 +79,6 @@ class MovedLinear(nn.Module):
                 weight = fake_quant_with_scale_gradient(weight, self.format)
         return F.linear(x, weight, bias)
 
-    def fold(self, source: Transform | None, target: Transform | None) -> nn.Linear:
-        """The plain linear under these maps (float64 copies of the attached ones), cast back once."""
-        return _folded(self.linear, source, target, shifts=self.shifts)
-
 
 class MovedHead(nn.Module):
     """The head reads the stream: the inverse map acts on activations, which costs less than on a large vocabulary."""
@@ -95,9 +91,6 @@ class MovedHead(nn.Module):
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch vocabulary"]:
         out: Tensor = self.linear(self._source[0].inverse(x))
         return out
-
-    def fold(self, source: Transform) -> nn.Linear:
-        return _folded(self.linear, source, None, shifts=0)
 
 
 class MovedEmbedding(nn.Module):
@@ -112,11 +105,6 @@ class MovedEmbedding(nn.Module):
         out: Tensor = self._target[0](self.embedding(ids))
         return out
 
-    def fold(self, target: Transform) -> nn.Embedding:
-        table = self.embedding.weight
-        moved_table: nn.Embedding = nn.Embedding.from_pretrained(target(table.double()).to(table.dtype))
-        return moved_table
-
 
 class MovedNorm(nn.Module):
     """A norm whose gain writes a basis: a diagonal map scales it."""
@@ -128,12 +116,6 @@ class MovedNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return self._target[0].linear(self.norm(x))
-
-    def fold(self, target: Transform) -> nn.Module:
-        gain = self.norm.weight
-        assert isinstance(gain, Tensor)
-        self.norm.weight = nn.Parameter(target.linear(gain.double()).to(gain.dtype), requires_grad=False)
-        return self.norm
 
 
 @dataclass(frozen=True)
@@ -176,7 +158,7 @@ def attach(
         for name in arch.linears:
             source, target = linear_maps(arch, maps, layer, name, index, heads)
             if source is not None or target is not None or weights is not None:
-                shifts = _shifts(arch, name, target, last=index == len(every) - 1)
+                shifts = added_shifts(arch, name, target, last=index == len(every) - 1)
                 layer.set_submodule(
                     name, MovedLinear(linear(layer, name), source, target, shifts=shifts, format=weights)
                 )
@@ -197,7 +179,8 @@ def seen_by_head(map: Transform) -> Transform:
     return map.linear_part if isinstance(map, Affine) and map.within else map
 
 
-def _shifts(arch: Arch, name: str, target: Transform | None, *, last: bool) -> int:
+def added_shifts(arch: Arch, name: str, target: Transform | None, *, last: bool) -> int:
+    """How often a writer adds the target's shift: k of `moved`."""
     writes = arch.target(name)
     if writes is None or not writes.stream:
         return 1
@@ -229,12 +212,6 @@ def linear_maps(
 def _spread(map: Transform, width: int, heads: int) -> Transform:
     """The map of the values as the queries' heads share it; any other as it is."""
     return Repeat(map, width // map.size, heads) if map.size != width and width % map.size == 0 else map
-
-
-def _folded(old: nn.Linear, source: Transform | None, target: Transform | None, *, shifts: int) -> nn.Linear:
-    old_bias = None if old.bias is None else old.bias.double()
-    weight, bias = moved(old.weight.double(), old_bias, source, target, shifts=shifts)
-    return plain_linear(weight.to(old.weight.dtype), None if bias is None else bias.to(old.weight.dtype))
 
 
 def plain_linear(weight: Float[Tensor, "out n"], bias: Float[Tensor, " out"] | None) -> nn.Linear:

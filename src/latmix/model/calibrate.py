@@ -1,12 +1,14 @@
-"""Weight quantization through the model, one decoder layer at a time.
+"""What a decoder layer sees, and its weights quantized to it: one layer at a time.
 
 Each layer sees what it will see at inference: inputs from the layers before it as they were quantized, activations
 rounded at its own inputs. Within a layer the inputs are taken in the order of computation: the down projection is
-calibrated on what the quantized gate and up projections produce. Cost: one (partial) forward of each layer per input,
-and the hidden states of all calibration windows in memory. Given up: layers whose keyword arguments depend on the data.
+calibrated on what the quantized gate and up projections produce. Cost: one (partial) forward of the layer per input.
+Given up: layers whose keyword arguments depend on the data.
 """
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,49 +20,100 @@ from latmix.archs import Arch, Input
 from latmix.errors import LatmixError
 from latmix.model.parts import layers, linear
 from latmix.numerics import BlockFormat, Quantized, decode
-from latmix.weights import WeightQuantizer
+from latmix.weights import MoreDamping, WeightQuantizer
 
 BATCH = 8  # windows in one forward
 
+Arguments = Mapping[str, Any]
+"""Keyword arguments of a layer's forward: rotary tables, a mask."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Attributes:
+    quantized: linear → codes and scales.
+    damping: linear → damping of its Hessian, where it needed more than it was given.
+    dead: linear → how many of its inputs never were anything but zero, where there are any.
+    """
+
+    quantized: dict[str, Quantized]
+    damping: dict[str, float]
+    dead: dict[str, int]
+
 
 @torch.no_grad()
-def quantize_weights(
-    model: PreTrainedModel,
+def quantize_layer(
+    layer: nn.Module,
     arch: Arch,
-    windows: Int[Tensor, "windows window"],
     quantizer: WeightQuantizer,
     format: BlockFormat,
-    done: Callable[[int], None],
-) -> dict[str, Quantized]:
-    """Replace every linear's weight by its quantized values, and return codes and scales by module path.
+    moment: Callable[[Input], Float[Tensor, "n n"]] | None,
+) -> Calibrated:
+    """Replace the weight of every linear of a layer by its quantized values.
 
-    The model's inputs must already be quantized (`quantize_inputs`). `done(layer)` is called after each layer.
+    moment: mean of x xᵀ at an input of the layer as it is now; None for quantizers that need none.
+
     Raises: LatmixError: a weight quantizer failed; names the linear.
     """
-    quantized: dict[str, Quantized] = {}
-    stream = Stream(model, arch, windows) if quantizer.needs_hessian else None
-    for index, layer in enumerate(layers(model, arch)):
-        for spot in arch.inputs:
-            hessian = stream.hessian(index, spot) if stream else None
-            for name in spot.readers:
-                place, path = linear(layer, name), f"{arch.layers}.{index}.{name}"
-                try:
-                    quantized[path] = quantizer(place.weight, hessian, format)
-                except LatmixError as error:
-                    raise LatmixError(f"{path}: {error}") from error
-                place.weight = nn.Parameter(decode(quantized[path]), requires_grad=False)
-        if stream:
-            stream.advance(index)
-        done(index)
-    return quantized
+    found = Calibrated({}, {}, {})
+    for spot in arch.inputs:
+        hessian = None if moment is None else moment(spot)
+        dead = 0 if hessian is None else int((hessian.diagonal() == 0).sum())
+        for name in spot.readers:
+            place = linear(layer, name)
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always", MoreDamping)
+                    found.quantized[name] = quantizer(place.weight, hessian, format)
+            except LatmixError as error:
+                raise type(error)(f"{name}: {error}") from error
+            for warning in caught:
+                if isinstance(warning.message, MoreDamping):
+                    found.damping[name] = warning.message.damping
+            if dead:
+                found.dead[name] = dead
+            place.weight = nn.Parameter(decode(found.quantized[name]), requires_grad=False)
+    return found
 
 
 class _Reached(Exception):
     """Ends a layer's forward once the wanted activation has been seen."""
 
 
+@torch.no_grad()
+def moment(layer: nn.Module, arguments: Arguments, batches: Iterable[Tensor], spot: Input) -> Float[Tensor, "n n"]:
+    """Mean of x xᵀ over all tokens at that input, float32 sums of float32 products."""
+    total, tokens = 0.0, 0
+
+    def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal total, tokens
+        x = args[0].flatten(0, -2).float()
+        total, tokens = total + x.T @ x, tokens + len(x)
+        raise _Reached
+
+    hook = layer.get_submodule(spot.readers[0]).register_forward_pre_hook(collect)
+    try:
+        for _ in forward(layer, arguments, batches):
+            pass
+    finally:
+        hook.remove()
+    assert isinstance(total, Tensor)
+    return total / tokens
+
+
+@torch.no_grad()
+def forward(layer: nn.Module, arguments: Arguments, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What leaves the layer, batch by batch."""
+    for hidden in batches:
+        try:
+            out = layer(hidden, **arguments)
+        except _Reached:
+            continue
+        yield out[0] if isinstance(out, tuple) else out
+
+
 class Stream:
-    """The calibration windows on their way through the layers.
+    """The windows on their way through the layers of a whole model, in memory.
 
     Attributes:
         hidden: what enters the next layer, a tensor for each batch of windows.
@@ -69,57 +122,37 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, arch: Arch, windows: Int[Tensor, "windows window"]) -> None:
         self.layers = layers(model, arch)
-        self.arguments = _layer_arguments(model, self.layers, windows[:1].to(model.device))
+        self.arguments = layer_arguments(model, arch, windows.shape[1])
         embed = model.get_submodule(arch.embedding)
         self.hidden = [embed(batch.to(model.device)) for batch in windows.split(BATCH)]
 
-    @torch.no_grad()
     def hessian(self, index: int, spot: Input) -> Float[Tensor, "n n"]:
-        """Mean of x xᵀ over all tokens at that input, float32 sums of float32 products."""
-        total, tokens = 0.0, 0
+        return moment(self.layers[index], self.arguments[index], self.hidden, spot)
 
-        def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal total, tokens
-            x = args[0].flatten(0, -2).float()
-            total, tokens = total + x.T @ x, tokens + len(x)
-            raise _Reached
-
-        hook = self.layers[index].get_submodule(spot.readers[0]).register_forward_pre_hook(collect)
-        try:
-            for _ in self._run(index):
-                pass
-        finally:
-            hook.remove()
-        assert isinstance(total, Tensor)
-        return total / tokens
-
-    @torch.no_grad()
     def advance(self, index: int) -> None:
-        self.hidden = list(self._run(index))
-
-    def _run(self, index: int) -> Iterator[Tensor]:
-        for hidden in self.hidden:
-            try:
-                out = self.layers[index](hidden, **self.arguments[index])
-            except _Reached:
-                continue
-            yield out[0] if isinstance(out, tuple) else out
+        self.hidden = list(forward(self.layers[index], self.arguments[index], self.hidden))
 
 
-def _layer_arguments(
-    model: PreTrainedModel, layers: list[nn.Module], window: Int[Tensor, "1 window"]
-) -> list[dict[str, Any]]:
-    """The keyword arguments (rotary tables, masks) the model gives each layer for a window of this length; they
-    broadcast over a batch, since no window is padded."""
-    seen: list[dict[str, Any]] = []
+@torch.no_grad()
+def layer_arguments(model: PreTrainedModel, arch: Arch, window: int) -> list[Arguments]:
+    """What the model gives each layer for a window of this length, which broadcasts over a batch since no window is
+    padded. The model's own forward runs, its layers replaced by notes, so it need not have weights."""
+    seen: list[Arguments] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs)
+    def note(hidden: Tensor, **arguments: Any) -> Tensor:
+        seen.append(arguments)
+        return hidden
 
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    def same(hidden: Tensor) -> Tensor:
+        return hidden
+
+    replaced = [*layers(model, arch), model.get_submodule(arch.final_norm)]
+    for module in replaced:
+        module.forward = same if module is replaced[-1] else note  # shadows the class's
     try:
-        model(window, use_cache=False)
+        empty = torch.zeros(1, window, model.config.hidden_size, dtype=model.dtype, device=next(model.buffers()).device)
+        model.base_model(inputs_embeds=empty, use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for module in replaced:
+            del module.forward
     return seen

@@ -1,29 +1,38 @@
 """The quantized model on disk: packed codes and scale bytes for the linears, bfloat16 for everything else.
 
-Per quantized linear `P`: `P.weight_packed` (uint8 codes, 4-bit ones two to a byte), `P.weight_scale` (uint8, one per
-block), `P.weight_global_scale` (float32, formats with a tensor scale), `P.bias`. The file is not called
-`model.safetensors`, so that nothing loads it as a plain checkpoint by mistake.
+A file for the embedding, one for each decoder layer, one for final norm and head. Per quantized linear `P`:
+`P.weight_packed` (uint8 codes, 4-bit ones two to a byte), `P.weight_scale` (uint8, one per block),
+`P.weight_global_scale` (float32, formats with a tensor scale), `P.bias`. No file is called `model.safetensors`, so
+nothing loads one as a plain checkpoint by mistake. The run's summary lists the files with size and SHA-256; a file that
+differs is refused.
 """
 
 import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latmix.archs import Arch
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError, WriteError
 from latmix.model.attach import plain_linear
-from latmix.model.load import Loaded, load_tokenizer, pick_device, read_arch
-from latmix.model.parts import layers
+from latmix.model.load import Loaded, load_tokenizer
+from latmix.model.parts import layers, linear
+from latmix.model.source import pick_device, read_arch, read_config, skeleton
+from latmix.model.tensors import Rows, Tensors, rows, write
 from latmix.numerics import BlockFormat, Quantized, decode, pack, unpack
+from latmix.rundir import SUMMARY, digest, read_json
 
-FILE = "quantized.safetensors"
+EMBEDDING, HEAD, EVERY = "quantized-embedding.safetensors", "quantized-head.safetensors", "quantized-*.safetensors"
 KEPT = torch.bfloat16  # embedding, norms, head and biases
+
+
+def layer_file(index: int) -> str:
+    return f"quantized-layer-{index:05}.safetensors"
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
@@ -33,74 +42,137 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def round_kept(model: PreTrainedModel, arch: Arch) -> None:
-    """Round what is not quantized to the precision it will be stored in: what follows sees what is served."""
-    linears = {f"{arch.layers}.{i}.{name}.weight" for i in range(len(layers(model, arch))) for name in arch.linears}
-    for name, parameter in list(model.named_parameters()):
-        if name not in linears:
-            owner, _, attribute = name.rpartition(".")
-            rounded = nn.Parameter(parameter.to(KEPT).to(parameter.dtype), requires_grad=False)
-            setattr(model.get_submodule(owner), attribute, rounded)
+def round_kept(module: nn.Module, quantized: Collection[str]) -> None:
+    """Round what is not quantized to the precision it will be stored in: what follows sees what is served.
 
-
-def save(
-    model: PreTrainedModel, quantized: dict[str, Quantized], tokenizer: transformers.PreTrainedTokenizerBase, out: Path
-) -> None:
-    """Write config, tokenizer and tensors."""
-    tensors: dict[str, torch.Tensor] = {}
-    for path, q in quantized.items():
-        tensors[f"{path}.weight_packed"] = pack(q.codes, q.format.element.bits)
-        tensors[f"{path}.weight_scale"] = q.scales
-        if q.tensor_scale is not None:
-            tensors[f"{path}.weight_global_scale"] = q.tensor_scale
-    packed = {f"{path}.weight" for path in quantized}
-    kept = {name: tensor.to(KEPT) for name, tensor in model.state_dict().items() if name not in packed}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in (tensors | kept).items()}, out / FILE)
-    model.config.save_pretrained(out)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def restore(path: Path, format: BlockFormat) -> Loaded:
-    """The model that `save` wrote, its weights decoded to float32; its inputs are not yet quantized.
-
-    Raises: LatmixError: a tensor is missing, left over or damaged.
+    quantized: paths of the linears whose weights are, or will be.
     """
-    arch = read_arch(path)
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in list(module.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        if attribute != "weight" or owner not in quantized:
+            rounded = nn.Parameter(parameter.to(KEPT).to(parameter.dtype), requires_grad=False)
+            setattr(module.get_submodule(owner), attribute, rounded)
+
+
+def write_layer(
+    file: Path, path: str, layer: nn.Module, quantized: Mapping[str, Quantized], notes: Mapping[str, str]
+) -> None:
+    """Write a layer that stands at `path` in the model.
+
+    quantized: by paths in the layer. notes: words to keep with the file.
+
+    Raises: WriteError: the disk is full, say.
+    """
+    found: dict[str, Tensor | Rows] = {}
+    for name, tensor in layer.state_dict().items():
+        owner, _, attribute = name.rpartition(".")
+        if attribute == "weight" and owner in quantized:
+            q = quantized[owner]
+            found[f"{path}.{name}_packed"] = pack(q.codes, q.format.element.bits)
+            found[f"{path}.{name}_scale"] = q.scales
+            if q.tensor_scale is not None:
+                found[f"{path}.{name}_global_scale"] = q.tensor_scale
+        else:
+            found[f"{path}.{name}"] = tensor.to(KEPT)
+    write(file, found, notes)
+
+
+def save(model: PreTrainedModel, arch: Arch, quantized: Mapping[str, Quantized], folder: Path) -> None:
+    """Write a whole model. `quantized` by paths in the model."""
+    for index, layer in enumerate(layers(model, arch)):
+        path = f"{arch.layers}.{index}."
+        own = {name.removeprefix(path): q for name, q in quantized.items() if name.startswith(path)}
+        write_layer(folder / layer_file(index), path.removesuffix("."), layer, own, {})
+    kept = {EMBEDDING: (arch.embedding,), HEAD: (arch.final_norm, arch.head)}
+    for file, paths in kept.items():
+        owners = {path: model.get_submodule(path) for path in paths}
+        found = {f"{path}.{name}": _kept(p) for path, owner in owners.items() for name, p in owner.named_parameters()}
+        write(folder / file, found, {})
+
+
+def _kept(tensor: Tensor) -> Tensor | Rows:
+    if tensor.ndim == 1:
+        return tensor.to(KEPT)
+    return Rows(tuple(tensor.shape), KEPT, (piece.to(KEPT) for piece in rows(tensor)))
+
+
+def describe(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write config and tokenizer. Raises: WriteError: the disk is full, say."""
+    model.config.tie_word_embeddings = False
     try:
-        tensors = load_file(path / FILE)
-    except (OSError, SafetensorError) as error:
-        raise LatmixError(f"'{path / FILE}' cannot be read: {error}") from error
-    for index in range(config.num_hidden_layers):
-        for name in arch.linears:
-            linear_path = f"{arch.layers}.{index}.{name}"
-            weight = _decoded(tensors, linear_path, model.get_submodule(linear_path), format)
-            _place(model, tensors, linear_path, weight)
-    _place(model, tensors, arch.head, _take(tensors, f"{arch.head}.weight"))
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    placed = (arch.head, *(f"{arch.layers}.{i}.{n}" for i in range(config.num_hidden_layers) for n in arch.linears))
-    absent = [name for name in missing if not name.startswith(tuple(f"{path}." for path in placed))]
-    if absent or unexpected:
-        raise LatmixError(f"'{path / FILE}' does not fit its config: missing {absent}, unexpected {unexpected}.")
-    return Loaded(model.to(pick_device()).eval().requires_grad_(False), arch, load_tokenizer(path), path)
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizer's own code, in Rust, raises nothing narrower
+        raise WriteError(f"Cannot write to '{folder}': {error}.") from error
 
 
-def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    if name not in tensors:
-        raise LatmixError(f"The quantized checkpoint lacks the tensor '{name}'.")
-    return tensors.pop(name)
+def checked(run: Path) -> Tensors:
+    """The tensors of a finished run, to be read one at a time. Cost: one pass over its files.
+
+    Raises: DamagedError: a file is missing, cut short, changed or strange.
+    """
+    summary = read_json(run / SUMMARY)
+    listed: Any = summary.get("files") if isinstance(summary, dict) else None
+    if not isinstance(listed, dict):
+        raise DamagedError(f"'{run / SUMMARY}' lists no files; make the run again.")
+    for name, entry in listed.items():
+        file = run / name
+        if not file.is_file():
+            raise DamagedError(f"The run '{run}' is incomplete: '{name}' is missing.")
+        if file.stat().st_size != entry["bytes"]:
+            raise DamagedError(f"'{file}' is cut short or changed: {file.stat().st_size} bytes of {entry['bytes']}.")
+        if digest(file) != entry["sha256"]:
+            raise DamagedError(f"'{file}' is damaged: its SHA-256 is not the one in {SUMMARY}.")
+    files = sorted(run.glob(EVERY))
+    if strange := [file.name for file in files if file.name not in listed]:
+        raise DamagedError(f"The run '{run}' holds '{strange[0]}', which its summary does not list.")
+    return Tensors.of(files)
 
 
-def _decoded(tensors: dict[str, torch.Tensor], path: str, linear: nn.Module, format: BlockFormat) -> torch.Tensor:
-    assert isinstance(linear, nn.Linear)
-    codes = unpack(_take(tensors, f"{path}.weight_packed"), format.element.bits, linear.in_features)
-    scale = tensors.pop(f"{path}.weight_global_scale", None)
-    return decode(Quantized(codes, _take(tensors, f"{path}.weight_scale"), scale, format, torch.float32))
+def restore(run: Path, format: BlockFormat) -> Loaded:
+    """The model of a run, its weights decoded to float32; its inputs are not yet quantized.
+
+    Raises: DamagedError: a file is damaged, or a tensor missing, left over or of another shape.
+    """
+    arch, config = read_arch(run), read_config(run)
+    tensors, model = checked(run), skeleton(run, config)
+    assemble(model, arch, tensors, format)
+    return Loaded(model, arch, load_tokenizer(run), run)
 
 
-def _place(model: PreTrainedModel, tensors: dict[str, torch.Tensor], path: str, weight: torch.Tensor) -> None:
-    bias = tensors.pop(f"{path}.bias", None)
-    model.set_submodule(path, plain_linear(weight.float(), None if bias is None else bias.float()))
+def assemble(model: PreTrainedModel, arch: Arch, tensors: Tensors, format: BlockFormat) -> dict[str, Quantized]:
+    """Fill a skeleton, in place, and return the codes and scales that its linears were decoded from, by path.
+
+    Raises: DamagedError: a tensor is missing, left over or of another shape.
+    """
+    left, found, head = set(tensors.stored), dict[str, Quantized](), linear(model, arch.head)
+    head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)  # no longer the embedding's
+
+    def take(name: str) -> Tensor:
+        left.discard(name)
+        return tensors.tensor(name)
+
+    def bias(path: str) -> Tensor | None:
+        return take(f"{path}.bias").to(pick_device(), torch.float32) if f"{path}.bias" in tensors else None
+
+    for path in (f"{arch.layers}.{i}.{name}" for i in range(len(layers(model, arch))) for name in arch.linears):
+        width = linear(model, path).in_features
+        packed, scales = take(f"{path}.weight_packed"), take(f"{path}.weight_scale")
+        scale = f"{path}.weight_global_scale"
+        codes, tensor_scale = unpack(packed, format.element.bits, width), take(scale) if scale in tensors else None
+        found[path] = Quantized(codes, scales, tensor_scale, format, torch.float32)
+        model.set_submodule(path, plain_linear(decode(found[path]).to(pick_device()), bias(path)))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            stored = take(name)
+            if stored.shape != parameter.shape:
+                raise DamagedError(f"'{name}' is {tuple(stored.shape)}; its config says {tuple(parameter.shape)}.")
+            value = nn.Parameter(stored.to(pick_device(), torch.float32, copy=True), requires_grad=False)
+            setattr(model.get_submodule(owner), attribute, value)
+    model.set_submodule(arch.head, plain_linear(head.weight, bias(arch.head)))
+    if left:
+        raise DamagedError(f"The checkpoint holds '{min(left)}', which does not fit its config.")
+    return found

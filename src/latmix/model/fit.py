@@ -3,51 +3,43 @@
 Given up: moments of the model as it is when the layers before are quantized. They are the unquantized model's.
 """
 
+from collections.abc import Callable
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from latmix.archs import Arch, Input
-from latmix.errors import LatmixError
-from latmix.model.calibrate import Stream
+from latmix.errors import InputError
 from latmix.model.maps import Maps
-from latmix.model.parts import layers, linear
+from latmix.model.parts import linear
 from latmix.transforms import Wush
 
 
-@torch.no_grad()
-def fit(maps: Maps, model: PreTrainedModel, arch: Arch, windows: Int[Tensor, "windows window"]) -> None:
-    """Fit every online map that is fitted, in place. `model` is unquantized, its gains absorbed, no maps attached.
+def fitted(maps: Maps, arch: Arch, index: int) -> list[tuple[Input, Wush]]:
+    """The inputs of a layer where a map stands that is fitted.
 
-    Cost: a (partial) forward of each layer for each input with such a map; nothing where there is none.
-    Raises: LatmixError: a folded map changes the basis that a fitted one reads.
+    Raises: InputError: a folded map changes the basis that one of them reads.
     """
-    fitted = [
-        (index, spot) for index in range(len(layers(model, arch))) for spot in arch.inputs if _at(maps, spot, index)
-    ]
-    if not fitted:
-        return
-    stream = Stream(model, arch, windows)
-    for index, layer in enumerate(layers(model, arch)):
-        for spot in (spot for i, spot in fitted if i == index):
-            for site in arch.sources(spot.readers[0]):
-                if maps.folded(site.name, index) is not None:
-                    raise LatmixError(
-                        f"A fitted map at '{spot.name}' needs its basis as it is; remove folded.{site.name}."
-                    )
-            found = _at(maps, spot, index)
-            assert found is not None
-            found.fit(stream.hessian(index, spot), metric(layer, spot))
-        stream.advance(index)
+    found = [(spot, map) for spot in arch.inputs if isinstance(map := maps.online(spot.name, index), Wush)]
+    for spot, _ in found:
+        for site in arch.sources(spot.readers[0]):
+            if maps.folded(site.name, index) is not None:
+                raise InputError(f"A fitted map at '{spot.name}' needs its basis as it is; remove folded.{site.name}.")
+    return found
+
+
+@torch.no_grad()
+def fit(maps: Maps, arch: Arch, index: int, layer: nn.Module, moment: Callable[[Input], Float[Tensor, "n n"]]) -> None:
+    """Fit the online maps of one layer, in place. The layer is unquantized, its gains absorbed, no map attached.
+
+    moment: mean of x xᵀ at an input of the layer. Cost: a (partial) forward of the layer for each fitted input.
+    """
+    for spot, map in fitted(maps, arch, index):
+        map.fit(moment(spot), metric(layer, spot))
 
 
 def metric(layer: nn.Module, spot: Input) -> Float[Tensor, "n n"]:
     """Σ WᵀW over the readers: how much a unit error at this input costs in their outputs."""
     weights = torch.cat([linear(layer, name).weight for name in spot.readers])
     return weights.T @ weights
-
-
-def _at(maps: Maps, spot: Input, index: int) -> Wush | None:
-    found = maps.online(spot.name, index)
-    return found if isinstance(found, Wush) else None

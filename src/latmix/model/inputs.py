@@ -45,12 +45,17 @@ class QuantizedInputs:
 
 def quantize_inputs(model: nn.Module, arch: Arch, maps: Maps, format: BlockFormat | None) -> QuantizedInputs:
     """Hook an `InputQuantizer` onto every input of every layer; `format` None leaves only the online transforms."""
-    quantizers, hooks = [], []
-    for index, layer in enumerate(layers(model, arch)):
-        for spot in arch.inputs:
-            quantizers.append(InputQuantizer(format, maps.online(spot.name, index)))
-            hooks.append(watch(layer, spot, quantizers[-1]))
-    return QuantizedInputs(tuple(quantizers), tuple(hooks))
+    each = [quantize_layer_inputs(layer, arch, maps, i, format) for i, layer in enumerate(layers(model, arch))]
+    return QuantizedInputs(sum((q.quantizers for q in each), ()), sum((q.hooks for q in each), ()))
+
+
+def quantize_layer_inputs(
+    layer: nn.Module, arch: Arch, maps: Maps, index: int, format: BlockFormat | None
+) -> QuantizedInputs:
+    """The same for one layer."""
+    quantizers = tuple(InputQuantizer(format, maps.online(spot.name, index)) for spot in arch.inputs)
+    hooks = tuple(watch(layer, spot, act) for spot, act in zip(arch.inputs, quantizers, strict=True))
+    return QuantizedInputs(quantizers, hooks)
 
 
 def watch(layer: nn.Module, spot: Input, act: Callable[[Tensor], Tensor]) -> RemovableHandle:

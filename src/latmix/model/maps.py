@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig
 
 from latmix.archs import Arch, Site
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError, FailedError, InputError
+from latmix.model.tensors import write
 from latmix.registry import parse_spec
 from latmix.transforms import TRANSFORMS, Affine, Block, Diagonal, Transform
 
@@ -48,6 +49,15 @@ class Maps(nn.Module):
         pairs = [*self._folded.items(), *((f"online {key}", value) for key, value in self._online.items())]
         return {key: value for key, value in pairs if isinstance(value, Transform)}
 
+    def stream(self, arch: Arch) -> Transform | None:
+        """The map of the residual stream."""
+        (site,) = (site for site in arch.sites if site.stream)
+        return self.folded(site.name, 0)
+
+    def shared(self) -> nn.ModuleList:
+        """The maps that belong to no layer alone."""
+        return nn.ModuleList(map for key, map in [*self._folded.items(), *self._online.items()] if "/" not in key)
+
     def of_layer(self, index: int) -> nn.ModuleList:
         """The maps that belong to that layer alone."""
         every = [*self._folded.items(), *self._online.items()]
@@ -57,14 +67,15 @@ class Maps(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def save(self, path: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
+        """Raises: WriteError: the file cannot be written."""
+        write(path, self.state_dict(), {})
 
     def restore(self, path: Path) -> None:
         """Raises: LatmixError: the file is missing, damaged, or of other maps."""
         try:
             self.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise LatmixError(f"The transforms in '{path}' cannot be loaded: {error}") from error
+            raise DamagedError(f"The transforms in '{path}' cannot be loaded: {error}") from error
 
 
 SHIFTS = ("none", "full", "layers")
@@ -81,13 +92,13 @@ def build_transform(spec: str, size: int, block: int, seed: int) -> Transform:
     name, properties = parse_spec(spec)
     shift = properties.pop("shift", "none")
     if shift not in SHIFTS:
-        raise LatmixError(f"Transform '{spec}' has an unknown shift '{shift}'; known: {', '.join(SHIFTS)}.")
+        raise InputError(f"Transform '{spec}' has an unknown shift '{shift}'; known: {', '.join(SHIFTS)}.")
     init = properties.pop("init", "block-hadamard")
     width = properties.pop("block", str(block))
     if properties:
-        raise LatmixError(f"Transform '{spec}' has no property '{next(iter(properties))}'; known: init, block, shift.")
+        raise InputError(f"Transform '{spec}' has no property '{next(iter(properties))}'; known: init, block, shift.")
     if not width.isdecimal():
-        raise LatmixError(f"Transform '{spec}': block takes a whole number, not '{width}'.")
+        raise InputError(f"Transform '{spec}': block takes a whole number, not '{width}'.")
     built = TRANSFORMS[name](size, init, int(width), seed)
     return built if shift == "none" else Affine(built, within=shift == "layers")
 
@@ -131,7 +142,7 @@ def _at_site(site: Site, config: PreTrainedConfig, spec: str, block: int, seed: 
     size = config.intermediate_size if site.width == "intermediate" else config.hidden_size
     built = build_transform(spec, size, block, seed)
     if site.exact_for == "diagonal" and not isinstance(built, Diagonal):
-        raise LatmixError(f"The site '{site.name}' cannot hold the transform '{spec}'; choose diagonal.")
+        raise InputError(f"The site '{site.name}' cannot hold the transform '{spec}'; choose diagonal.")
     return built
 
 
@@ -144,10 +155,23 @@ def _head_width(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+CONDITION = 2.0**20
+"""The largest condition number κ of a map, about a million. Folding in float64 then errs by κ · 2⁻⁵³ = 2⁻³³ at most,
+far below the 2⁻²⁵ of casting to float32; what was learned in float32, which errs by κ · 2⁻²⁴, has four bits left."""
+
+
+@torch.no_grad()
 def reports(maps: Maps) -> dict[str, dict[str, float]]:
-    """Condition number and log-determinant of every map. Cost: one SVD of each map."""
-    with torch.no_grad():
-        return {
-            name: {"condition": float(map.condition()), "logabsdet": float(map.logabsdet())}
-            for name, map in maps.each().items()
-        }
+    """Condition number and log-determinant of every map. Cost: the singular values of each dense map.
+
+    Raises: FailedError: a map is too close to having no inverse; names it.
+    """
+    found = {}
+    for name, map in maps.each().items():
+        found[name] = {"condition": map.condition(), "logabsdet": float(map.logabsdet())}
+        if not found[name]["condition"] <= CONDITION:  # NaN fails too
+            raise FailedError(
+                f"The map '{name}' has condition number {found[name]['condition']:.1e}, above {CONDITION:.1e}: folding "
+                "it loses the weights' precision; choose a smaller lr or a larger learning.volume, and another --out."
+            )
+    return found

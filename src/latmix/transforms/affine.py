@@ -36,3 +36,6 @@ class Affine(Transform):
 
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.linear_part.logabsdet()
+
+    def singular_values(self) -> Float[Tensor, " n"]:
+        return self.linear_part.singular_values()

@@ -94,9 +94,16 @@ class Transform(nn.Module, ABC):
 
     @final
     def condition(self) -> float:
-        """‖A‖₂‖A⁻¹‖₂ ≥ 1, in float64 and without gradient. Cost: the singular values of an n × n matrix."""
-        singular = torch.linalg.svdvals(self.matrix().detach().double())
-        return float(singular[0] / singular[-1])
+        """‖A‖₂‖A⁻¹‖₂ ≥ 1, in float64 and without gradient; 1 where A is orthogonal by construction."""
+        if self.orthogonal:
+            return 1.0
+        values = self.singular_values().detach().double()
+        return float(values.max() / values.min())
+
+    def singular_values(self) -> Float[Tensor, " n"]:
+        """Of A, in no order, repeated ones perhaps left out. Cost: O(n³), where no subclass knows better."""
+        values: Tensor = torch.linalg.svdvals(self.matrix().detach().double())
+        return values
 
     @property
     def reference(self) -> Tensor:

@@ -50,6 +50,9 @@ class Block(Transform):
     def logabsdet(self) -> Float[Tensor, ""]:
         return torch.stack([part.logabsdet() for part in self.parts]).sum()
 
+    def singular_values(self) -> Float[Tensor, " n"]:
+        return torch.cat([part.singular_values() for part in self.parts])
+
     def _each(self, maps: list[Map], x: Tensor) -> Tensor:
         pieces = torch.split(x, self.sizes, dim=-1)
         return torch.cat([f(piece) for f, piece in zip(maps, pieces, strict=True)], dim=-1)
@@ -96,6 +99,9 @@ class Repeat(Transform):
 
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.repeat * self.inner.logabsdet()
+
+    def singular_values(self) -> Float[Tensor, " n"]:
+        return self.inner.singular_values()
 
     def _through(self, inner: Map, x: Tensor) -> Tensor:
         x = torch.unflatten(x, -1, (self.heads, self.repeat, -1)).transpose(-3, -2).flatten(-2)  # (…, repeat, inner)

@@ -52,6 +52,9 @@ class Diagonal(Transform):
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.log_scale.sum()
 
+    def singular_values(self) -> Float[Tensor, " n"]:
+        return self.scale.detach().double().abs()
+
 
 def build_diagonal(size: int, init: str, block: int, seed: int) -> Diagonal:
     """Learned: one scale per coordinate, from one."""

@@ -42,6 +42,9 @@ class Kronecker(Transform):
     def logabsdet(self) -> Float[Tensor, ""]:
         return self.right.size * self.left.logabsdet() + self.left.size * self.right.logabsdet()
 
+    def singular_values(self) -> Float[Tensor, " n"]:
+        return torch.outer(self.left.singular_values(), self.right.singular_values()).flatten()
+
     def _sides(self, left: Map, right: Map, x: Tensor) -> Tensor:
         x = right(torch.unflatten(x, -1, (self.left.size, self.right.size)))
         return left(x.transpose(-1, -2)).transpose(-1, -2).flatten(-2)

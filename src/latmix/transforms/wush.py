@@ -61,6 +61,9 @@ class Wush(Transform):
     def logabsdet(self) -> Float[Tensor, ""]:
         return torch.stack([torch.linalg.slogdet(part)[1].sum() for part in self.parts]).sum()
 
+    def singular_values(self) -> Float[Tensor, " n"]:
+        return torch.cat([torch.linalg.svdvals(part.detach().double()).flatten() for part in self.parts])
+
     def _each(self, x: Tensor, act: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`act` on (blocks, vectors, width) and the blocks (blocks, width, width)."""
         done = []

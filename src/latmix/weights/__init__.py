@@ -1,7 +1,7 @@
 """Weight quantizers: a weight, the Hessian of its inputs and a format in; codes and scales out."""
 
-from latmix.weights.base import WEIGHT_QUANTIZERS, WeightQuantizer, parse_quantizer, proxy_loss
+from latmix.weights.base import WEIGHT_QUANTIZERS, MoreDamping, WeightQuantizer, parse_quantizer, proxy_loss
 from latmix.weights.gptq import GPTQ
 from latmix.weights.rtn import RTN
 
-__all__ = ["GPTQ", "RTN", "WEIGHT_QUANTIZERS", "WeightQuantizer", "parse_quantizer", "proxy_loss"]
+__all__ = ["GPTQ", "RTN", "WEIGHT_QUANTIZERS", "MoreDamping", "WeightQuantizer", "parse_quantizer", "proxy_loss"]

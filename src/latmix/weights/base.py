@@ -43,6 +43,14 @@ class WeightQuantizer(ABC):
         """
 
 
+class MoreDamping(UserWarning):
+    """A Hessian was not positive definite with the damping it was given; `damping` is what it needed."""
+
+    def __init__(self, damping: float) -> None:
+        super().__init__(f"The Hessian needed damping {damping:g} to be positive definite.")
+        self.damping = damping
+
+
 WEIGHT_QUANTIZERS: Registry[type[WeightQuantizer]] = Registry("weight quantizer")
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from latmix.errors import FailedError, InputError
 from latmix.numerics import BlockFormat, Quantized, choose_scales, choose_tensor_scale, encode, round_to_element
 from latmix.numerics.rounding import widen
-from latmix.weights.base import WEIGHT_QUANTIZERS, WeightQuantizer
+from latmix.weights.base import WEIGHT_QUANTIZERS, MoreDamping, WeightQuantizer
 
 DAMPING_LIMIT = 1.0
 """A Hessian that needs more than its own mean diagonal added to become positive definite is no mean of x xᵀ."""
@@ -118,7 +118,7 @@ def _feedback(hessian: Float[Tensor, "n n"], order: Int[Tensor, " n"], damping: 
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             if grown > damping:
-                warnings.warn(f"gptq: the Hessian needed damping {grown:g} to be positive definite.", stacklevel=3)
+                warnings.warn(MoreDamping(grown), stacklevel=3)
             backwards: Tensor = factor.div_(factor.diagonal().clone())
             return backwards.flip(0, 1).t()
         grown *= 10

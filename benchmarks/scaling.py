@@ -1,0 +1,173 @@
+"""What folding, rounding to nearest and packing cost in memory and time against the size of the model.
+
+    python benchmarks/scaling.py [--sizes 0.5B 1B 3B 8B] [--layers N] [--folder DIR] [--json FILE]
+
+Checkpoints of real shapes with random weights, in bfloat16 shards, are made once in --folder. Each is quantized by
+`block-hadamard` with `quantizer=rtn calibration.held_out=0` in a process of its own: maps folded, weights rounded,
+shards written, no activation computed. Reported: the largest resident memory that the kernel saw (VmHWM: with the pages
+of mapped files, which are the checkpoint's own and can be dropped), the largest anonymous part of it (sampled every
+20 ms: what really has to be there), seconds by stage, and the exponents p of cost ∝ size^p. The limit beside it is the
+time in which the same process reads the bytes of the checkpoint once and copies them.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import transformers
+
+import latmix
+from latmix.assets import DEMO_MODEL
+from latmix.model.load import load_tokenizer
+from latmix.model.shards import stored_tensors
+from latmix.model.source import skeleton
+from latmix.model.tensors import Rows, Tensors, rows, write
+
+SHAPES = {  # hidden, intermediate, layers, heads, KV heads; the vocabulary is Llama 3's, the head untied
+    "0.5B": (1024, 4096, 16, 16, 4),
+    "1B": (2048, 8192, 16, 32, 8),
+    "3B": (3072, 8192, 28, 24, 8),
+    "8B": (4096, 14336, 32, 32, 8),
+}
+VOCABULARY, SEED, POOL = 128256, 0, 2**26
+SETTINGS = {"quantizer": "rtn", "calibration.held_out": "0", "calibration.windows": "1", "calibration.window": "32"}
+MIB = 2**20
+
+
+def make(folder: Path, size: str, depth: int | None) -> Path:
+    """The checkpoint, a shard a layer; every tensor is a stretch of one pool of random numbers."""
+    hidden, intermediate, count, heads, kv = SHAPES[size]
+    path = folder / f"{size}-{depth or count}"
+    if (path / "config.json").exists():
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=depth or count,
+        num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=False, max_position_embeddings=8192,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(SEED)
+    pool = torch.randn(POOL, generator=generator).mul_(0.02).bfloat16()
+    shards: dict[str, dict[str, Rows | torch.Tensor]] = {}
+    for name, parameter in skeleton(path, config).named_parameters():
+        parts = name.split(".")
+        shard = f"model-{parts[2] if 'layers' in parts else parts[-2]}.safetensors"
+        gain = torch.ones(parameter.shape, dtype=torch.bfloat16)
+        shards.setdefault(shard, {})[name] = gain if parameter.ndim == 1 else stretch(parameter.shape, pool, generator)
+    for shard, tensors in shards.items():
+        write(path / shard, tensors, {})
+    places = {name: shard for shard, tensors in shards.items() for name in tensors}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    load_tokenizer(DEMO_MODEL).save_pretrained(path)
+    config.save_pretrained(path)
+    return path
+
+
+def stretch(shape: torch.Size, pool: torch.Tensor, generator: torch.Generator) -> Rows:
+    step = min(shape[0], len(pool) // 2 // shape[1])
+    at = int(torch.randint(len(pool) // 2, (), generator=generator))
+    block = pool[at : at + step * shape[1]].view(step, shape[1])
+    return Rows(tuple(shape), torch.bfloat16, (block[: shape[0] - begin] for begin in range(0, shape[0], step)))
+
+
+def memory() -> dict[str, int]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
+
+
+def child(model: Path, out: Path) -> None:
+    """One run, and what it needed, as a line of JSON."""
+    peak, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            peak[0] = max(peak[0], memory()["RssAnon"])
+
+    stored = stored_tensors(model)
+    began = time.perf_counter()
+    for name in stored:
+        for piece in rows(torch.atleast_2d(Tensors(stored).tensor(name))):
+            piece.clone()
+    reading = time.perf_counter() - began
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    run = latmix.quantize(model, out, "block-hadamard", seed=SEED, settings=SETTINGS)
+    seconds = time.perf_counter() - began
+    over.set()
+    watcher.join()
+    stages = run.summary["stages"]
+    found = {
+        "resident": max(stage["peak_bytes"] for stage in stages.values()),
+        "anonymous": peak[0],
+        "idle": before["RssAnon"],
+        "seconds": seconds,
+        "reading": reading,
+        "stages": {name: stage["seconds"] for name, stage in stages.items()},
+    }
+    print("RESULT " + json.dumps(found))
+
+
+def measure(model: Path, out: Path) -> dict[str, Any]:
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    command = [sys.executable, __file__, "--child", str(model), str(out)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    shutil.rmtree(out)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    stored = stored_tensors(model).values()
+    found: dict[str, Any] = {"parameters": sum(math.prod(tensor.shape) for tensor in stored)}
+    return found | json.loads(line.removeprefix("RESULT "))
+
+
+def exponent(results: list[dict[str, Any]], key: str) -> float:
+    """Slope of log cost over log size, by least squares."""
+    x = torch.tensor([math.log(r["parameters"]) for r in results], dtype=torch.float64)
+    y = torch.tensor([math.log(r[key]) for r in results], dtype=torch.float64)
+    return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--layers", type=int, help="fewer layers than the real model has")
+    parser.add_argument("--folder", type=Path, default=Path("scaling"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(*options.child)
+        return
+    results = []
+    print("size    params  RSS MiB  anon MiB  seconds  read+copy   of it: stages")
+    for size in options.sizes:
+        found = measure(make(options.folder, size, options.layers), options.folder / "run")
+        results.append({"size": size, **found})
+        stages = " ".join(f"{name} {seconds:.1f}" for name, seconds in found["stages"].items())
+        memory_words = f"{found['resident'] / MIB:8.0f} {found['anonymous'] / MIB:9.0f}"
+        print(
+            f"{size:5} {found['parameters'] / 1e9:7.2f}B {memory_words} {found['seconds']:8.1f} "
+            f"{found['reading']:10.1f}   {stages}",
+            flush=True,
+        )
+    if len(results) > 1:
+        words = ", ".join(f"{key} {exponent(results, key):.2f}" for key in ("resident", "anonymous", "seconds"))
+        print(f"exponent of the growth: {words}; seed {SEED}, torch {torch.__version__}, {os.cpu_count()} cores")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""A Hugging Face folder as it lies on the disk: its config and what its tensors are called, none of them read yet.
+
+`skeleton` is the model without weights; `fill` puts the weights into a part of it, as float32, `empty` takes them out
+again. So a model of any size can be gone through a layer at a time. Everything that can be known without reading a
+tensor is checked on opening; numbers are checked when they are read. Remote code is never run. Given up: downloads
+(pass a local folder), and checkpoints that are quantized already.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from latmix.archs import ARCHS, Arch
+from latmix.errors import DamagedError, InputError
+from latmix.model.shards import stored_tensors
+from latmix.model.sizes import check_config
+from latmix.model.tensors import FLOATS, Tensors, rows
+from latmix.rundir import read_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """Attributes: tensors: of the checkpoint, by its own names."""
+
+    path: Path
+    arch: Arch
+    config: PreTrainedConfig
+    tensors: Tensors
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    def skeleton(self) -> PreTrainedModel:
+        return skeleton(self.path, self.config)
+
+    def name(self, parameter: str) -> str:
+        """What the checkpoint calls a parameter of the model."""
+        tied = self.config.tie_word_embeddings and parameter == f"{self.arch.head}.weight"
+        return f"{self.arch.embedding}.weight" if tied else parameter
+
+    def tensor(self, parameter: str) -> Tensor:
+        """In float32. Raises: DamagedError: it cannot be read, or is not finite."""
+        shape = self.tensors.stored[self.name(parameter)].shape
+        whole, at = torch.empty(shape, device=pick_device()), 0
+        for piece in self.pieces(parameter):
+            whole[at : at + len(piece)] = piece
+            at += len(piece)
+        return whole
+
+    def pieces(self, parameter: str) -> Iterator[Tensor]:
+        """The same, some rows at a time."""
+        name = self.name(parameter)
+        stored = self.tensors.tensor(name)
+        for piece in rows(stored) if stored.ndim > 1 else (stored,):
+            wide = piece.to(pick_device(), torch.float32, copy=True)
+            if not wide.isfinite().all():
+                raise DamagedError(f"The tensor '{name}' in '{self.path}' holds NaN or infinity.")
+            yield wide
+
+    def fill(self, module: nn.Module, path: str) -> None:
+        """Read every parameter of the module that stands at `path`; '' is the whole model.
+
+        Raises: DamagedError: one cannot be read, or is not finite.
+        """
+        for name, _ in list(module.named_parameters()):
+            owner, _, attribute = name.rpartition(".")
+            found = nn.Parameter(self.tensor(f"{path}.{name}" if path else name), requires_grad=False)
+            setattr(module.get_submodule(owner), attribute, found)
+
+    @contextmanager
+    def filled(self, module: nn.Module, path: str) -> Iterator[None]:
+        """Within, the module has its weights; afterwards it has none."""
+        self.fill(module, path)
+        try:
+            yield
+        finally:
+            empty(module)
+
+    def digest(self) -> str:
+        """SHA-256 of the config and of what the headers say: names, dtypes, shapes, files. Given up: the tensors'
+        own bytes, which would cost as much as reading all of them."""
+        config = read_json(self.path / "config.json")
+        stored = {name: (s.shard.name, s.dtype, s.shape) for name, s in sorted(self.tensors.stored.items())}
+        return hashlib.sha256(json.dumps([config, stored], sort_keys=True).encode()).hexdigest()
+
+
+def open_source(path: Path | str) -> Source:
+    """Cost: the headers; no tensor is read.
+
+    Raises: LatmixError: no such folder, no or broken config, unknown architecture, missing or truncated files, tensors
+        that are missing, of another shape than the config says, or no floating point numbers.
+    """
+    path = Path(path)
+    arch, config = read_arch(path), read_config(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"The model '{path}' is quantized already; give the original.")
+    source = Source(path, arch, config, Tensors(stored_tensors(path)))
+    wanted = {source.name(name): parameter for name, parameter in source.skeleton().named_parameters()}
+    stored = source.tensors.stored
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise DamagedError(f"The checkpoint in '{path}' lacks {len(missing)} tensors, among them '{missing[0]}'.")
+    for name, parameter in wanted.items():
+        if stored[name].shape != tuple(parameter.shape):
+            raise DamagedError(
+                f"The tensor '{name}' in '{path}' is {stored[name].shape}; its config says {tuple(parameter.shape)}."
+            )
+        if stored[name].dtype not in FLOATS:
+            raise InputError(f"The tensor '{name}' in '{path}' holds {stored[name].dtype}; give a model in bfloat16.")
+    return source
+
+
+def skeleton(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model in evaluation mode, its parameters on the meta device; tables that are computed are there."""
+    with torch.device("meta"):
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
+    for name, module in list(model.named_modules()):
+        if any(True for _ in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config=config).to(pick_device()))
+    if (path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def empty(module: nn.Module) -> None:
+    """Let go of every parameter; hooks and buffers stay."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def tie(model: PreTrainedModel, arch: Arch) -> None:
+    """Where the config ties the head to the embedding, they share the embedding's weight."""
+    if model.config.tie_word_embeddings:
+        head, embedding = model.get_submodule(arch.head), model.get_submodule(arch.embedding)
+        head.weight = embedding.weight
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """Raises: LatmixError: a config that transformers cannot make sense of."""
+    try:
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"'{path / 'config.json'}' cannot be used: {error}") from error
+    return config
+
+
+def read_arch(path: Path) -> Arch:
+    """Raises: LatmixError: no folder, no config, or a family that is not declared."""
+    if not path.is_dir():
+        raise InputError(f"The model '{path}' is not a folder; give a local Hugging Face checkpoint folder.")
+    config = read_json(path / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise InputError(f"'{path / 'config.json'}' names no model_type; known architectures: {', '.join(ARCHS)}.")
+    check_config(config, path / "config.json")
+    return ARCHS[kind]

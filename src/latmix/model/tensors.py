@@ -1,0 +1,110 @@
+"""Tensors in safetensors files, one at a time: read through a memory map, written in pieces.
+
+Nothing is read before it is asked for and nothing is held after, so a checkpoint of any size costs the memory of what
+is looked at. Reading opens the file anew each time: a mapping that stays open keeps its pages counted as the process's.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from latmix.errors import DamagedError
+from latmix.model.shards import Stored, read_header
+from latmix.rundir import written
+
+PIECE = 2**24
+"""Elements of a large matrix that are in work at a time: 128 MiB in float64."""
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {**FLOATS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Named tensors and where they lie."""
+
+    stored: Mapping[str, Stored]
+
+    @staticmethod
+    def of(files: Iterable[Path]) -> "Tensors":
+        """Everything in these files. Raises: DamagedError: a file is missing or damaged."""
+        found: dict[str, Stored] = {}
+        for file in files:
+            found |= read_header(file)
+        return Tensors(found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file, which is mapped as long as somebody holds it.
+
+        Raises: DamagedError: there is no such tensor, or its file is damaged.
+        """
+        if name not in self.stored:
+            raise DamagedError(f"The checkpoint lacks the tensor '{name}'.")
+        shard = self.stored[name].shard
+        try:
+            with safe_open(shard, "pt") as file:
+                found: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"'{name}' in '{shard}' cannot be read: {error}.") from error
+        return found
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor's rows, `PIECE` elements at a time."""
+        yield from rows(self.tensor(name))
+
+
+def rows(matrix: Tensor) -> Iterator[Tensor]:
+    """Runs of rows, about `PIECE` elements each."""
+    yield from matrix.split(max(1, PIECE // max(1, matrix.shape[-1])))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix to be written that is made a few rows at a time."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Iterable[Tensor]
+
+
+def write(path: Path, tensors: Mapping[str, Tensor | Rows], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, whole or not at all; the same tensors give the same bytes.
+
+    Raises: LatmixError: the file cannot be written.
+    """
+    # widest dtypes first: every tensor then begins at a multiple of its own; within one, the largest first
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, -math.prod(tensors[name].shape), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        end = at + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": _WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    words = json.dumps(header, separators=(",", ":")).encode()
+    words += b" " * (-len(words) % 8)
+    with written(path) as temporary, temporary.open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for name in order:
+            tensor = tensors[name]
+            for piece in tensor.pieces if isinstance(tensor, Rows) else (tensor,):
+                file.write(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Raises: DamagedError: the file is missing or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"'{path}' cannot be read: {error}.") from error

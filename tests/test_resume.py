@@ -1,0 +1,234 @@
+"""A run that was stopped ends in the same bytes as one that was not, and nothing half done is taken for done."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import latmix
+from latmix import rundir
+from latmix.errors import BusyError, DamagedError, InputError, WriteError
+from latmix.pipeline import restore
+from latmix.recipe import override
+from latmix.recipes import find
+from latmix.workspace import LOCK, MAY_CHANGE, workspace
+from tests.test_pipeline import save_tiny
+from tests.texts import CALIBRATION
+
+PLAIN = {
+    "calibration.windows": "4",
+    "calibration.held_out": "2",
+    "calibration.window": "32",
+    "online.qkv": "block-hadamard",
+}
+LEARNED = {"folded.values": "qr"} | {
+    f"{stage}.{key}": "2" for stage in ("learning", "tuning") for key in ("steps", "batch")
+}
+SETTINGS = {"block-hadamard": PLAIN, "latmix-plus": PLAIN | LEARNED}
+
+
+class Killed(BaseException):
+    """What no handler of errors catches, as a process that is killed runs none."""
+
+
+def quantize(model: Path, out: Path, recipe: str = "block-hadamard", **changes: str) -> latmix.Run:
+    return latmix.quantize(model, out, recipe, CALIBRATION, 0, SETTINGS[recipe] | changes)
+
+
+def content(run: Path) -> dict[str, object]:
+    """Everything but the times: the files' bytes, and what the summary says."""
+    files = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix == ".safetensors"}
+    summary = json.loads((run / "summary.json").read_text())
+    return files | {key: summary[key] for key in summary if key not in ("stages", "kernels")}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return {name: quantize(model, folder / name, name).path for name in SETTINGS}
+
+
+@pytest.fixture
+def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """`stop(n, error)`: the n-th file from now on is not given its name."""
+    original, left = os.replace, [-1]
+    error: list[BaseException] = []
+
+    def replace(old: Path, new: Path) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise error[0]
+        original(old, new)
+
+    def arm(count: int, raised: BaseException) -> int:
+        """How many were left to go when it was armed last."""
+        before, left[0] = left[0], count
+        error[:] = [raised]
+        return before
+
+    monkeypatch.setattr(rundir.os, "replace", replace)
+    yield arm
+
+
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_a_run_stopped_again_and_again_ends_in_the_same_bytes(
+    recipe: str, model: Path, whole: dict[str, Path], tmp_path: Path, stop
+) -> None:
+    stops, out = 0, tmp_path / "run"
+    while not out.exists():
+        stop(4 + 3 * stops, Killed())  # further every time
+        try:
+            quantize(model, out, recipe)
+        except Killed:
+            stops += 1
+            assert not out.exists()
+    assert stops >= 3
+    assert content(out) == content(whole[recipe])
+    assert not list(out.rglob(".*.tmp")) and not (out / "work").exists() and not (out / LOCK).exists()
+
+
+def test_a_run_killed_by_the_system_goes_on(model: Path, whole: dict[str, Path], tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from latmix import rundir\n"
+        "from tests.test_resume import quantize\n"
+        "original, left = os.replace, [15]\n"
+        "def replace(old, new):\n"
+        "    left[0] -= 1\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if left[0] == 0 else original(old, new)\n"
+        "rundir.os.replace = replace\n"
+        "quantize(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    command = [sys.executable, "-c", script, str(model), str(tmp_path / "run")]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    layers = list((tmp_path / "run.partial").glob("quantized-layer-*"))
+    assert len(layers) == 1
+    before = layers[0].stat().st_mtime_ns
+    run = quantize(model, tmp_path / "run")
+    assert (run.path / layers[0].name).stat().st_mtime_ns == before  # not computed again
+    assert content(run.path) == content(whole["block-hadamard"])
+
+
+def test_a_full_disk_is_an_error_and_the_run_goes_on(model: Path, whole: dict[str, Path], tmp_path: Path, stop) -> None:
+    out = tmp_path / "run"
+    stop(16, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(WriteError, match=r"No space left on device.*'.*run\.partial'; the same command goes on"):
+        quantize(model, out)
+    assert content(quantize(model, out).path) == content(whole["block-hadamard"])
+
+
+def test_a_second_process_is_refused_and_disturbs_nothing(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    recipe = find("rtn")
+    with workspace(out, recipe, {"model": "m"}) as space:
+        (space.folder / "precious").write_text("kept")
+        with pytest.raises(BusyError, match=r"Another process works in '.*run\.partial'"):
+            quantize(model, out)
+        assert (space.folder / "precious").exists()
+    assert (out / "precious").exists() and not (out / LOCK).exists()
+
+
+class TestChanges:
+    """What may differ in the call that goes on, and what may not."""
+
+    @pytest.fixture
+    def stopped(self, model: Path, tmp_path: Path, stop) -> Path:
+        """Before the first layer."""
+        out = tmp_path / "run"
+        stop(5, Killed())
+        with pytest.raises(Killed):
+            quantize(model, out)
+        stop(-1, Killed())
+        return out
+
+    def test_what_a_later_stage_reads_may_change_until_that_stage(self, model: Path, stopped: Path, stop) -> None:
+        stop(14, Killed())
+        with pytest.raises(Killed):
+            quantize(model, stopped, quantizer="gptq:damping=0.02")
+        with pytest.raises(InputError, match=r"holds a run with quantizer gptq:damping=0.02, and now it is rtn; go on"):
+            quantize(model, stopped, quantizer="rtn")
+        stop(-1, Killed())
+        run = quantize(model, stopped, quantizer="gptq:damping=0.02")
+        assert run.recipe.quantizer == find(str(run.path / "recipe.json")).quantizer
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("calibration.windows", "5", "calibration.windows 4, and now it is 5"),
+            ("folded.values", "none", "folded.values block-hadamard, and now it is nothing"),
+            ("activations", "mxint8", "activations mxfp4:scale=even, and now it is mxint8"),
+        ],
+    )
+    def test_other_changes_are_refused_by_name(
+        self, model: Path, stopped: Path, key: str, value: str, message: str
+    ) -> None:
+        with pytest.raises(InputError, match=message):
+            quantize(model, stopped, **{key: value})
+        assert stopped.with_name("run.partial").exists()
+
+    def test_another_model_is_refused(self, stopped: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="holds a run with model "):
+            quantize(save_tiny(tmp_path / "other", intermediate_size=128), stopped)
+
+    def test_the_table_names_recipe_keys(self) -> None:
+        known = {name for name, _ in _dotted(override(find("latmix-plus"), LEARNED))}
+        assert {key.removeprefix("recipe.") for key in MAY_CHANGE} <= known
+
+
+def _dotted(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        part = getattr(value, field.name)
+        yield f"{prefix}{field.name}", part
+        if dataclasses.is_dataclass(part):
+            yield from _dotted(part, f"{prefix}{field.name}.")
+
+
+def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "run.partial"
+    partial.mkdir()
+    (partial / "precious").write_text("kept")
+    with pytest.raises(latmix.LatmixError, match="holds 'precious' but no inputs.json"):
+        quantize(model, tmp_path / "run")
+    assert (partial / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "lose", "add"])
+def test_a_damaged_run_is_refused_by_the_name_of_the_file(damage: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole["block-hadamard"], tmp_path / "run"))
+    file = run / "quantized-layer-00001.safetensors"
+    whole_file = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(whole_file[:-10])
+    elif damage == "flip":
+        whole_file[-100] ^= 4
+        file.write_bytes(whole_file)
+    elif damage == "lose":
+        file.unlink()
+    else:
+        shutil.copy(file, run / "quantized-layer-00007.safetensors")
+    name = "00007" if damage == "add" else "00001"
+    with pytest.raises(DamagedError, match=f"quantized-layer-{name}.safetensors"):
+        restore(run)
+
+
+def test_what_is_half_done_is_no_run(model: Path, tmp_path: Path, stop) -> None:
+    stop(20, Killed())
+    with pytest.raises(Killed):
+        quantize(model, tmp_path / "run")
+    assert not rundir.is_run(tmp_path / "run.partial")
