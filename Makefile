@@ -14,7 +14,7 @@ test: .venv/installed-dev
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/mkdocs build --strict --quiet --site-dir .venv/site
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
 
 docs: .venv/installed-docs
 	.venv/bin/mkdocs build --strict
