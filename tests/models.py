@@ -4,7 +4,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from latmix.archs import ARCHS
+from latmix.archs import ARCHS, Arch
+from latmix.model.calibrate import quantize_layer
+from latmix.model.parts import layers
+from latmix.numerics import BlockFormat, Quantized
+from latmix.weights import parse_quantizer
 
 
 def tiny(name: str, *, tied: bool = False, seed: int = 0, **changes: object) -> PreTrainedModel:
@@ -18,6 +22,13 @@ def tiny(name: str, *, tied: bool = False, seed: int = 0, **changes: object) -> 
         else:
             parameter.mul_(3.0)  # logits that are not all alike
     return model
+
+
+def rounded(model: PreTrainedModel, arch: Arch, format: BlockFormat) -> dict[str, Quantized]:
+    """Round every weight of a whole model to nearest, in place; its codes by path."""
+    every = enumerate(layers(model, arch))
+    found = [(i, quantize_layer(layer, arch, parse_quantizer("rtn"), format, None).quantized) for i, layer in every]
+    return {f"{arch.layers}.{i}.{name}": q for i, by_name in found for name, q in by_name.items()}
 
 
 def perturb(module: torch.nn.Module, scale: float, seed: int = 1) -> None:

@@ -14,11 +14,10 @@ from latmix.archs import ARCHS
 from latmix.distill import Step, learn, loop, tune
 from latmix.errors import DamagedError, DivergedError, InputError, LatmixError
 from latmix.model.attach import Attached
-from latmix.model.calibrate import quantize_weights
 from latmix.model.checkpoint import share
 from latmix.numerics import parse_format
 from latmix.recipe import Learning, Tuning
-from latmix.weights import parse_quantizer
+from tests.models import rounded
 from tests.test_distill import WINDOWS, student_of, teacher
 
 LEARNING = Learning(steps=9, batch=3, evaluate_every=4, lr=5e-3)
@@ -35,7 +34,7 @@ def learned(take: Take, snapshot: Path | None = None, learning: Learning = LEARN
 def tuned(take: Take, snapshot: Path | None = None) -> dict[str, Tensor]:
     model, arch, format = teacher(), ARCHS["llama"], parse_format("mxfp4:scale=even")
     student = share(model)
-    quantized = quantize_weights(student, arch, WINDOWS[:4], parse_quantizer("rtn"), format, lambda _: None)
+    quantized = rounded(student, arch, format)
     unrounded = {path: model.get_parameter(f"{path}.weight") for path in quantized}
     tuning = Tuning(steps=9, batch=3, evaluate_every=4, codes_lr=0.3)
     arguments = (teacher(), WINDOWS[:8], WINDOWS[8:], tuning, 0, take, snapshot)

@@ -8,17 +8,15 @@ import torch
 from latmix.archs import ARCHS
 from latmix.distill import Step, tune
 from latmix.errors import LatmixError
-from latmix.model.calibrate import quantize_layer
 from latmix.model.checkpoint import share
 from latmix.model.fold import absorb_gains
 from latmix.model.inputs import quantize_inputs
 from latmix.model.latent import Latent
 from latmix.model.maps import build_maps
-from latmix.model.parts import layers, linears
+from latmix.model.parts import linears
 from latmix.numerics import Quantized, decode, decode_scales, encode, neighbours, parse_format
 from latmix.recipe import Tuning
-from latmix.weights import parse_quantizer
-from tests.models import tiny
+from tests.models import rounded, tiny
 
 WINDOWS = torch.randint(96, (80, 24), generator=torch.Generator().manual_seed(0))
 LEARN, FORMAT = WINDOWS[:64], parse_format("mxfp4:scale=even")
@@ -31,11 +29,7 @@ def quantized_tiny():
     maps = build_maps(arch, teacher.config, {}, {"down": "block-hadamard"}, block=32, seed=0)
     quantize_inputs(model, arch, maps, FORMAT)
     unrounded = {path: place.weight for path, place in linears(model, arch).items()}
-    quantized = {}
-    for index, layer in enumerate(layers(model, arch)):
-        found = quantize_layer(layer, arch, parse_quantizer("rtn"), FORMAT, None).quantized
-        quantized |= {f"{arch.layers}.{index}.{name}": q for name, q in found.items()}
-    return teacher, model, quantized, unrounded
+    return teacher, model, rounded(model, arch, FORMAT), unrounded
 
 
 def run(tuning: Tuning):
