@@ -1,9 +1,11 @@
 """What tests of exports share: runs of tiny models, and readers of the folders that share no code with latmix."""
 
+import importlib.util
 import json
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -16,6 +18,7 @@ from tests.engines.vllm_cpu_mxfp4.vllm_cpu_mxfp4 import decoded, decoded8, hadam
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION
 
+WITH_GGUF = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
 IDS = torch.arange(3, 51).view(2, 24)
 ARITHMETIC = {
     "mxfp4-pack-quantized": (".weight_packed", decoded, rounded),

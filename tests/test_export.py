@@ -21,12 +21,11 @@ from latmix.model.layout import layout_of
 from latmix.recipe import override
 from latmix.recipes import RECIPES, find
 from latmix.targets import TARGETS, expected, fit
-from tests.exported import Runs, agrees
+from tests.exported import WITH_GGUF, Runs, agrees
 from tests.models import tiny
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION
 
-WITH_GGUF = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
 WITH_COMPRESSED_TENSORS = pytest.mark.skipif(
     importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not installed"
 )

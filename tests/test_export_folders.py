@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import latmix
 from latmix import export as exports
 from latmix.export import fingerprint, shards
-from tests.exported import IDS, Runs, agrees, logits
+from latmix.targets import TARGETS
+from tests.exported import IDS, WITH_GGUF, Runs, agrees, logits
 
 
 class TestOurQuantizer:
@@ -92,18 +93,19 @@ class TestFolders:
         packed = sum(tensor.nbytes for name, tensor in tensors.items() if ".weight_" in name)
         assert 8 * packed / manifest["weights"] == pytest.approx(4.25, rel=0.005)
 
-    def test_damage_is_named(self, runs: Runs, tmp_path: Path) -> None:
-        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
-        file = out / "model.safetensors"
+    @pytest.mark.parametrize("target", [pytest.param(t, marks=WITH_GGUF if t == "gguf" else ()) for t in TARGETS])
+    def test_damage_is_named(self, target: str, runs: Runs, tmp_path: Path) -> None:
+        out = exports.export(runs("rtn"), target, tmp_path / "out")
+        file = out / ("model.gguf" if target == "gguf" else "model.safetensors")
         whole = file.read_bytes()
         file.write_bytes(whole[:-7])
-        with pytest.raises(latmix.LatmixError, match="model.safetensors' is cut short or changed"):
+        with pytest.raises(latmix.LatmixError, match=f"{file.name}' is cut short or changed"):
             exports.verify(out)
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(latmix.LatmixError, match="has been changed since the export"):
             exports.verify(out)
         file.unlink()
-        with pytest.raises(latmix.LatmixError, match="incomplete: 'model.safetensors' is missing"):
+        with pytest.raises(latmix.LatmixError, match=f"incomplete: '{file.name}' is missing"):
             exports.verify(out)
         manifest = json.loads((out / "latmix.json").read_text())
         (out / "latmix.json").write_text(json.dumps({**manifest, "version": 9}))
