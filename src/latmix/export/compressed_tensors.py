@@ -21,7 +21,7 @@ from torch import Tensor
 from latmix.export.base import EXPORTS, Export
 from latmix.export.schemes import order_of, quantization_config, renamed, stored
 from latmix.export.shards import Piece, write_shards
-from latmix.export.source import PACKED, Source, zeros
+from latmix.export.source import GLOBAL, PACKED, Source, zeros
 from latmix.rundir import write_json
 from latmix.targets import ATTENTION, MLP, family
 from latmix.transforms import Hadamard
@@ -37,6 +37,7 @@ def pieces(source: Source) -> Iterator[Piece]:
     flips = signs(source)
     for name, shape in source.shapes.items():
         new, dtype = renamed(source, name)
+        shape = shape or (1,)  # a tensor-wide scale
         flip = flips is not None and re.search(r"\.mlp\.up_proj\.(weight_packed|bias)$", name)
         yield Piece(new, shape, dtype, partial(_made, source, name, dtype, flips if flip else None))
     yield from missing_biases(source)
@@ -51,6 +52,8 @@ def pieces(source: Source) -> Iterator[Piece]:
 def _made(source: Source, name: str, dtype: torch.dtype, flips: Tensor | None) -> Tensor:
     """The tensor under its new type, the signs of some rows turned."""
     tensor = source.tensor(name)
+    if name.endswith(GLOBAL):
+        return 1 / tensor.reshape(1)
     if flips is not None and name.endswith(PACKED):
         tensor = torch.where(flips.unsqueeze(1), tensor ^ stored(source).sign, tensor)
     elif flips is not None:
@@ -109,7 +112,9 @@ def serve(folder: Path, activations: str | None) -> str:
 
 
 def engines(source: Source) -> tuple[str, ...]:
-    """transformers ignores `transform_config`, without a word."""
+    """transformers ignores `transform_config`, without a word; vLLM takes NVFP4 weights alone on GPUs only."""
+    if source.layout.weights.name == "nvfp4":
+        return ("transformers",)
     return ("vllm",) if source.layout.online else ("vllm", "transformers")
 
 

@@ -3,7 +3,8 @@
 Facts about it (0.17 to 0.20) and vLLM 0.32: MX checkpoints whose `input_activations` is null are served by vLLM with
 rounded activations all the same where a kernel for that exists, so W4A16 has to be asked for on the command line
 (`--linear-backend marlin`). MXFP8's activation scale is RCEIL in vLLM; compressed-tensors doubles it where a block's
-largest magnitude is 448 · 2^k exactly.
+largest magnitude is 448 · 2^k exactly. NVFP4's tensor-wide scale is stored as its inverse, and has to be the same for q,
+k and v (and gate and up), since vLLM takes the largest of theirs for all.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from latmix.export.source import PACKED, SCALE, Source
+from latmix.export.source import GLOBAL, PACKED, SCALE, Source
 from latmix.transforms import Hadamard
 
 
@@ -20,6 +21,7 @@ class Stored:
     """Attributes:
     format: compressed-tensors' word for it.
     codes, dtype: what the tensor of codes is called after its linear, and its type; ours are bytes.
+    scales: type of the scales' bytes.
     bits: of a code.
     sign: the sign bits in a byte of codes.
     """
@@ -27,13 +29,16 @@ class Stored:
     format: str
     codes: str
     dtype: torch.dtype
+    scales: torch.dtype
     bits: int
     sign: int
 
 
+E4M3 = torch.float8_e4m3fn
 STORED = {
-    "mxfp4": Stored("mxfp4-pack-quantized", PACKED, torch.uint8, 4, 0x88),
-    "mxfp8_e4m3": Stored("mxfp8-quantized", ".weight", torch.float8_e4m3fn, 8, 0x80),
+    "mxfp4": Stored("mxfp4-pack-quantized", PACKED, torch.uint8, torch.uint8, 4, 0x88),
+    "mxfp8_e4m3": Stored("mxfp8-quantized", ".weight", E4M3, torch.uint8, 8, 0x80),
+    "nvfp4": Stored("nvfp4-pack-quantized", PACKED, torch.uint8, E4M3, 4, 0x88),
 }
 
 
@@ -45,7 +50,9 @@ def renamed(source: Source, name: str) -> tuple[str, torch.dtype]:
     """Name and type of one of the run's tensors in the checkpoint."""
     if name.endswith(PACKED):
         return name.removesuffix(PACKED) + stored(source).codes, stored(source).dtype
-    return name, torch.uint8 if name.endswith(SCALE) else torch.bfloat16
+    if name.endswith(GLOBAL):
+        return name, torch.float32
+    return name, stored(source).scales if name.endswith(SCALE) else torch.bfloat16
 
 
 def quantization_config(source: Source) -> dict[str, Any]:
@@ -53,9 +60,9 @@ def quantization_config(source: Source) -> dict[str, Any]:
         "num_bits": stored(source).bits,
         "type": "float",
         "symmetric": True,
-        "strategy": "group",
+        "strategy": "group" if stored(source).scales == torch.uint8 else "tensor_group",
         "group_size": source.layout.weights.block,
-        "scale_dtype": "torch.uint8",
+        "scale_dtype": str(stored(source).scales),
     }
     rounded = source.layout.activations is not None
     config: dict[str, Any] = {

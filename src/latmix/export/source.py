@@ -23,7 +23,7 @@ from latmix.recipe import Recipe
 from latmix.rundir import RECIPE, SUMMARY, TRANSFORMS, is_run, read_json
 from latmix.targets import HEAD, Layout, sliding
 
-PACKED, SCALE = ".weight_packed", ".weight_scale"
+PACKED, SCALE, GLOBAL = ".weight_packed", ".weight_scale", ".weight_global_scale"
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _check(source: Source) -> None:
         (rows, width), scales = source.shapes[path + PACKED], source.shapes[path + SCALE]
         if scales != (rows, -(-(width * 8 // bits) // block)):
             raise DamagedError(f"The scales of '{path}' are {scales}, which does not fit its codes.")
-        known |= {path + PACKED, path + SCALE, f"{path}.weight_global_scale", f"{path}.bias"}
+        known |= {path + PACKED, path + SCALE, path + GLOBAL, f"{path}.bias"}
     for name in (f"{source.arch.embedding}.weight", f"{source.arch.head}.weight"):
         if name not in source.shapes:
             raise DamagedError(f"The run '{source.path}' lacks the tensor '{name}'.")

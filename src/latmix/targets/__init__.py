@@ -35,8 +35,9 @@ from latmix.targets.rules import (
 )
 
 FIXED = ("hadamard", "block-hadamard")  # online transforms without anything to learn
-COMPRESSED = ("mxfp4:scale=even", "mxfp8_e4m3:scale=rceil")
-"""Formats of compressed-tensors' linears, written as its engines round activations beside them."""
+COMPRESSED = {"mxfp4": "mxfp4:scale=even", "mxfp8_e4m3": "mxfp8_e4m3:scale=rceil", "nvfp4": None}
+"""Formats of compressed-tensors' linears, and how its engines round activations beside them, as latmix can. (Beside
+NVFP4 they want a tensor-wide scale that was calibrated; ours follows the tensor.)"""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def refuse(target: Target, layout: Layout, recipe: Recipe) -> None:
 
 def _compressed_tensors(layout: Layout, recipe: Recipe) -> list[Refusal]:
     return [
-        *weight_refusals(layout, COMPRESSED),
+        *weight_refusals(layout, tuple(COMPRESSED)),
         *activation_refusals(layout, COMPRESSED),
         *bias_refusals(layout, recipe),
         *online_refusals(layout, recipe),
@@ -100,7 +101,7 @@ def _gguf(layout: Layout, recipe: Recipe) -> list[Refusal]:
     settings = avoiding(layout.arch, recipe, layout.biases)
     unknown = [Refusal("llama.cpp's Qwen3 has no biases", settings)] if biased else []
     sliding = [Refusal("attention within a sliding window is not written to GGUF")] if layout.sliding else []
-    return [*weight_refusals(layout, COMPRESSED[:1]), *online, *bias_refusals(layout, recipe), *unknown, *sliding]
+    return [*weight_refusals(layout, ("mxfp4",)), *online, *bias_refusals(layout, recipe), *unknown, *sliding]
 
 
 def _transformers(layout: Layout, recipe: Recipe) -> list[Refusal]:

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from latmix.archs import Arch
-from latmix.numerics.formats import parse_format
+from latmix.numerics.formats import FORMATS, parse_format
 from latmix.recipe import Recipe
 from latmix.registry import parse_spec
 from latmix.targets.layout import ATTENTION, HEAD, MLP, Layout, family, respelled, shift_biases, shift_of, slots
+
+SERVED = "mxfp4:scale=even"
 
 
 @dataclass(frozen=True)
@@ -25,27 +27,28 @@ class Refusal:
         return f"{self.reason} ({keys} avoids it)" if keys else self.reason
 
 
-def weight_refusals(layout: Layout, known: Iterable[str]) -> list[Refusal]:
-    """Another format than these, named with the rule for activations; or a width that its block does not divide."""
-    served = {parse_format(spec).name: parse_format(spec) for spec in known}
+def weight_refusals(layout: Layout, known: tuple[str, ...]) -> list[Refusal]:
+    """Another format than these; or a width that its block does not divide."""
     found, weights = [], layout.weights
-    if weights.name not in served or weights.block != served[weights.name].block:
-        first = next(iter(known))
-        found.append(Refusal(f"its weights are {weights}, not {' or '.join(served)}", {"weights": first}))
-    block = served[weights.name].block if weights.name in served else 32
-    narrow = sorted({width for width in layout.widths.values() if width % block})
+    default = FORMATS[weights.name if weights.name in known else known[0]]
+    if (weights.name, weights.block) != (default.name, default.block):
+        found.append(Refusal(f"its weights are {weights}, not {' or '.join(known)}", {"weights": SERVED}))
+    narrow = sorted({width for width in layout.widths.values() if width % default.block})
     if narrow:
         widths = ", ".join(map(str, narrow))
-        found.append(Refusal(f"a linear's input width of {widths} is no multiple of the block of {block}"))
+        found.append(Refusal(f"a linear's input width of {widths} is no multiple of the block of {default.block}"))
     return found
 
 
-def activation_refusals(layout: Layout, known: Iterable[str]) -> list[Refusal]:
+def activation_refusals(layout: Layout, known: Mapping[str, str | None]) -> list[Refusal]:
     """Activations that are rounded, but not as engines round them beside these weights."""
-    rule = next((spec for spec in known if parse_format(spec).name == layout.weights.name), None)
-    if rule is None or layout.activations is None or layout.activations == parse_format(rule):
+    rule = known.get(layout.weights.name)
+    if layout.weights.name not in known or layout.activations in (None, parse_format(rule)):
         return []
-    return [Refusal(f"it rounds activations as {layout.activations}, the engine as {rule}", {"activations": rule})]
+    reason = f"it rounds activations as {layout.activations}, the engine as {rule}"
+    if rule is None:
+        reason = f"it rounds activations, which engines round under a fixed scale beside {layout.weights.name}"
+    return [Refusal(reason, {"activations": rule or "none"})]
 
 
 def bias_refusals(layout: Layout, recipe: Recipe) -> list[Refusal]:
@@ -64,6 +67,8 @@ def online_refusals(layout: Layout, recipe: Recipe) -> list[Refusal]:
     found = []
     for spot, spec in layout.online.items():
         kind, off = parse_spec(spec)[0], {f"online.{spot}": "none"}
+        if layout.weights.name == "nvfp4":
+            found.append(Refusal(f"no engine was found that applies the online transform at {spot} beside nvfp4", off))
         if kind != "block-hadamard" and (kind, spot) != ("hadamard", "down"):
             reason = f"the online transform '{spec}' at {spot} is no plain block-Hadamard"
             found.append(Refusal(reason, {f"online.{spot}": "block-hadamard"}))
