@@ -3,8 +3,8 @@
 Facts about it (0.17 to 0.20) and vLLM 0.32: MX checkpoints whose `input_activations` is null are served by vLLM with
 rounded activations all the same where a kernel for that exists, so W4A16 has to be asked for on the command line
 (`--linear-backend marlin`). MXFP8's activation scale is RCEIL in vLLM; compressed-tensors doubles it where a block's
-largest magnitude is 448 · 2^k exactly. NVFP4's tensor-wide scale is stored as its inverse, and has to be the same for q,
-k and v (and gate and up), since vLLM takes the largest of theirs for all.
+largest magnitude is 448 · 2^k exactly. NVFP4's tensor-wide scale is stored as its inverse, and has to be the same for
+q, k and v (and gate and up), since vLLM takes the largest of theirs for all.
 """
 
 from dataclasses import dataclass

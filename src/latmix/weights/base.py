@@ -31,12 +31,17 @@ class WeightQuantizer(ABC):
 
     @abstractmethod
     def __call__(
-        self, weight: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"] | None, format: BlockFormat
+        self,
+        weight: Float[Tensor, "out n"],
+        hessian: Float[Tensor, "n n"] | None,
+        format: BlockFormat,
+        tensor_scale: Float[Tensor, ""] | None = None,
     ) -> Quantized:
         """Codes and scales for `weight`, in blocks along n; `decode` returns them in the weight's dtype.
 
         Args:
             hessian: mean of x xᵀ over the calibration tokens; float32 or float64.
+            tensor_scale: of formats that have one, where several weights share it; by default this weight's own.
 
         Raises:
             LatmixError: a Hessian or weight that it cannot work with.

@@ -69,14 +69,18 @@ class GPTQ(WeightQuantizer):
 
     @torch.no_grad()
     def __call__(
-        self, weight: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"] | None, format: BlockFormat
+        self,
+        weight: Float[Tensor, "out n"],
+        hessian: Float[Tensor, "n n"] | None,
+        format: BlockFormat,
+        tensor_scale: Float[Tensor, ""] | None = None,
     ) -> Quantized:
         if hessian is None:
             raise InputError("gptq needs the Hessian of the weight's inputs; rtn needs none.")
         wide, hessian = widen(weight), hessian.to(weight.device)
         _check(wide, hessian)
         diagonal = hessian.diagonal()
-        tensor_scale = choose_tensor_scale(wide, format)
+        tensor_scale = choose_tensor_scale(wide, format) if tensor_scale is None else tensor_scale
         if self.search:
             scales = choose_scales(wide, dataclasses.replace(format, scale="search"), None, tensor_scale)
         else:

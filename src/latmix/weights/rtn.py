@@ -21,9 +21,13 @@ class RTN(WeightQuantizer):
     needs_hessian: ClassVar[bool] = False
 
     def __call__(
-        self, weight: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"] | None, format: BlockFormat
+        self,
+        weight: Float[Tensor, "out n"],
+        hessian: Float[Tensor, "n n"] | None,
+        format: BlockFormat,
+        tensor_scale: Float[Tensor, ""] | None = None,
     ) -> Quantized:
-        return encode(weight, format)
+        return encode(weight, format, tensor_scale=tensor_scale)
 
 
 WEIGHT_QUANTIZERS.add("rtn", RTN)
