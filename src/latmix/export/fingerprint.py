@@ -19,8 +19,9 @@ from torch import Tensor
 from latmix.assets import EVALUATION
 from latmix.data import read_text, windows
 from latmix.errors import DamagedError
-from latmix.model.load import Loaded
-from latmix.pipeline import restore
+from latmix.export.source import Source
+from latmix.export.streamed import Streamed
+from latmix.model.load import load_tokenizer
 
 FILE = "latmix.fingerprint"
 """A safetensors file by another name: vLLM takes every `*.safetensors` of a folder for weights."""
@@ -37,27 +38,27 @@ class Fingerprint:
 
 
 @torch.no_grad()
-def take(run: Path, folder: Path) -> None:
-    """Write the run's fingerprint into `folder`. Cost: the model in float32, two forwards of each window."""
-    loaded, text = restore(run), read_text(EVALUATION)
-    window = min(WINDOW, loaded.longest - CONTINUE)
-    ids = windows(text, loaded.tokenizer, window)[:WINDOWS]
-    logprobs = answers(loaded, ids)
-    top = logprobs.topk(min(TOP, logprobs.shape[-1]))
+def take(source: Source, folder: Path) -> None:
+    """Write the run's fingerprint into `folder`. Cost: `CONTINUE` + 1 passes over the run, a layer in memory."""
+    model, tokenizer, text = Streamed(source), load_tokenizer(source.path), read_text(EVALUATION)
+    window = min(WINDOW, int(source.config["max_position_embeddings"]) - CONTINUE)
+    ids = windows(text, tokenizer, window)[:WINDOWS]
+    found: dict[str, list[Tensor]] = {"target": [], "target_weights_only": [], "top_ids": [], "top": []}
+    for row, rounded, alone in zip(ids, *model.hidden((ids, True), (ids, False)), strict=True):
+        logprobs = model.logprobs(rounded[:-1])
+        top = logprobs.topk(min(TOP, logprobs.shape[-1]))
+        found["target"].append(following(logprobs, row))
+        found["target_weights_only"].append(following(model.logprobs(alone[:-1]), row))
+        found["top_ids"].append(top.indices.int())
+        found["top"].append(top.values)
     beginning = text.text[:CHARACTERS]
-    save_file(
-        {
-            "windows": ids,
-            "target": following(logprobs, ids),
-            "target_weights_only": following(answers(restore(run, rounded=False), ids), ids),
-            "top_ids": top.indices.int(),
-            "top": top.values.contiguous(),
-            "greedy": greedy(loaded, ids[0, : min(PROMPT, window)].tolist()),
-            "tokens": torch.tensor(loaded.tokenizer(beginning)["input_ids"]),
-        },
-        folder / FILE,
-        metadata={"text": json.dumps(beginning)},
-    )
+    once = {
+        "windows": ids,
+        "greedy": torch.tensor(list(model.greedy(ids[0, : min(PROMPT, window)], CONTINUE))),
+        "tokens": torch.tensor(tokenizer(beginning)["input_ids"]),
+    }
+    stacked = {name: torch.stack(rows) for name, rows in found.items()}
+    save_file(once | stacked, folder / FILE, metadata={"text": json.dumps(beginning)})
 
 
 def read(folder: Path) -> Fingerprint:
@@ -74,24 +75,8 @@ def read(folder: Path) -> Fingerprint:
     return Fingerprint(tensors, request)
 
 
-@torch.no_grad()
-def answers(loaded: Loaded, ids: Int[Tensor, "windows window"]) -> Float[Tensor, "windows positions vocabulary"]:
-    """Log-probabilities of the token after each position but the last."""
-    device = loaded.model.device
-    each = [loaded.model(row.unsqueeze(0).to(device), use_cache=False).logits[0, :-1].float().cpu() for row in ids]
-    return torch.stack(each).log_softmax(-1)
-
-
 def following(
-    logprobs: Float[Tensor, "windows positions vocabulary"], ids: Int[Tensor, "windows window"]
-) -> Float[Tensor, "windows positions"]:
-    return logprobs.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-
-
-def greedy(loaded: Loaded, prompt: list[int]) -> Int[Tensor, " tokens"]:
-    """Without a cache, so that nothing but the model decides."""
-    ids = torch.tensor([prompt], device=loaded.model.device)
-    for _ in range(CONTINUE):
-        next_id = loaded.model(ids, use_cache=False).logits[:, -1:].argmax(-1)
-        ids = torch.cat([ids, next_id], dim=1)
-    return ids[0, len(prompt) :].cpu()
+    logprobs: Float[Tensor, "*windows positions vocabulary"], ids: Int[Tensor, "*windows window"]
+) -> Float[Tensor, "*windows positions"]:
+    """Of the token that comes after each position but the last."""
+    return logprobs.gather(-1, ids[..., 1:].unsqueeze(-1)).squeeze(-1)

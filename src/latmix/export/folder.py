@@ -28,7 +28,8 @@ OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, "config.json")
 def export(run: Path, to: str, out: Path) -> Path:
     """Write `run` in the format `to` into the new folder `out`. A killed export resumes when called again.
 
-    Cost: one shard in memory while writing; then, for the fingerprint, the run's model in float32.
+    Cost: one shard in memory while writing; then, for the fingerprint, some two dozen passes over the run with one of
+        its layers in memory.
     Raises: LatmixError: unknown target, a run that it cannot express (the reason, and what fits), or a damaged run.
     """
     target, exporter = TARGETS[to], EXPORTS[to]
@@ -39,7 +40,7 @@ def export(run: Path, to: str, out: Path) -> Path:
     for file in sorted(run.iterdir()):
         if file.is_file() and file.name not in OURS and not file.name.startswith("quantized"):
             shutil.copyfile(file, folder / file.name)
-    fingerprint.take(run, folder)
+    fingerprint.take(source, folder)
     write_json(folder / MANIFEST, _manifest(source, to, exporter.engines(source), folder))
     card.write(folder, out)
     finish(folder, out)
