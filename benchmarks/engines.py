@@ -55,7 +55,10 @@ def made(model: Path, recipe: str, changes: dict[str, str], to: str, args: argpa
 @functools.cache
 def full_precision(model: Path, folder: Path) -> torch.Tensor:
     """Log-probabilities of the unquantized model on the windows of a fingerprint, which all its exports share."""
-    return fingerprint.answers(load(model), fingerprint.read(folder).tensors["windows"]).double()
+    original = load(model).model
+    with torch.no_grad():
+        each = [original(row[None]).logits[0, :-1].double() for row in fingerprint.read(folder).tensors["windows"]]
+    return torch.stack(each).log_softmax(-1)
 
 
 def row(model: Path, to: str, engine: str, folder: Path, python: str | None) -> str:

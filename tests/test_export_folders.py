@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import latmix
 from latmix import export as exports
 from latmix.export import fingerprint, shards
+from latmix.rundir import digest
 from latmix.targets import TARGETS
 from tests.exported import IDS, WITH_GGUF, Runs, agrees, logits
 
@@ -118,13 +119,19 @@ class TestFolders:
         run = Path(shutil.copytree(runs("rtn"), tmp_path / "run"))
         file = run / "quantized-layer-00000.safetensors"
         tensors, scale = load_file(file), "model.layers.0.mlp.up_proj.weight_scale"
+        summary = json.loads((run / "summary.json").read_text())
+        save_file({**tensors, scale: tensors[scale] + 1}, file)
+        with pytest.raises(latmix.LatmixError, match=f"{file.name}' is damaged: its SHA-256"):
+            exports.export(run, "compressed-tensors", tmp_path / "out")
         for broken, message in (
             ({key: value for key, value in tensors.items() if key != scale}, f"lacks the tensor '{scale}'"),
             ({**tensors, scale: tensors[scale][:, :1].contiguous()}, "does not fit its codes"),
             ({**tensors, scale: torch.full_like(tensors[scale], 255)}, "holds NaN scales"),
             ({**tensors, "stray": torch.zeros(1)}, "'stray', which no export knows"),
         ):
-            save_file(broken, file)
+            save_file(broken, file)  # by somebody who knows about the checksums
+            summary["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+            (run / "summary.json").write_text(json.dumps(summary))
             with pytest.raises(latmix.LatmixError, match=message):
                 exports.export(run, "compressed-tensors", tmp_path / "out")
             shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)

@@ -14,15 +14,15 @@ from typing import Any
 from latmix.errors import DamagedError, InputError
 from latmix.export import card, fingerprint
 from latmix.export.base import EXPORTS
-from latmix.export.shards import PLAN, begin, digest, finish, plan_of
+from latmix.export.shards import PLAN, begin, finish, plan_of
 from latmix.export.source import Source, open_run
 from latmix.model.shards import is_bare
-from latmix.rundir import METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, read_json, write_json
+from latmix.rundir import INPUTS, LOG, METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, digest, read_json, write_json
 from latmix.targets import TARGETS, refuse
 
 MANIFEST, VERSION = "latmix.json", 1
 LATER = (MANIFEST, PLAN, card.CARD, card.VERDICT)  # not under checksums: written, or written again, at the end
-OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, "config.json")
+OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, INPUTS, LOG, "config.json")
 
 
 def export(run: Path, to: str, out: Path) -> Path:

@@ -6,7 +6,6 @@ head, so the rows of q and k are reordered (packed rows move as they are). Mistr
 are Llamas here. Norms and biases are stored in float32, embedding and head in bfloat16.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from latmix.errors import InputError, UnavailableError
 from latmix.export.base import EXPORTS, Export
 from latmix.export.source import PACKED, SCALE, Source
 from latmix.export.vocabulary import add_tokenizer
+from latmix.rundir import written
 
 LINEARS = {
     "self_attn.q_proj": "attn_q",
@@ -47,22 +47,21 @@ def write(source: Source, folder: Path) -> None:
         raise UnavailableError("Writing GGUF needs the package gguf: pip install 'latmix[export]'.") from None
     if (folder / NAME).exists():
         return
-    temporary = folder / f"{NAME}.tmp"
-    writer = gguf.GGUFWriter(temporary, architecture(source))
-    _add_facts(writer, source)
-    add_tokenizer(writer, source.path, source.shapes[f"{source.arch.embedding}.weight"][0])
     kinds = {"mxfp4": gguf.GGMLQuantizationType.MXFP4, "bf16": gguf.GGMLQuantizationType.BF16, "f32": None}
     every = list(tensors(source))
-    for name, shape, kind, _ in every:
-        size, dtype = int(np.prod(shape)), np.dtype(np.float32 if kind == "f32" else np.uint8)
-        writer.add_tensor_info(name, shape, dtype, size * dtype.itemsize, kinds[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, _, _, make in every:
-        writer.write_tensor_data(make())
-    writer.close()
-    os.replace(temporary, folder / NAME)
+    with written(folder / NAME) as temporary:
+        writer = gguf.GGUFWriter(temporary, architecture(source))
+        _add_facts(writer, source)
+        add_tokenizer(writer, source.path, source.shapes[f"{source.arch.embedding}.weight"][0])
+        for name, shape, kind, _ in every:
+            size, dtype = int(np.prod(shape)), np.dtype(np.float32 if kind == "f32" else np.uint8)
+            writer.add_tensor_info(name, shape, dtype, size * dtype.itemsize, kinds[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, _, _, make in every:
+            writer.write_tensor_data(make())
+        writer.close()
 
 
 def architecture(source: Source) -> str:

@@ -1,10 +1,9 @@
 """Tensors to safetensors shards, one shard in memory at a time; a killed export goes on where it stopped.
 
-A shard is written under a temporary name and renamed, so one that has its name is whole. What the folder is being
+A shard that has its name is whole (`rundir.written`). What the folder is being
 filled with is noted first (`plan.json`): another export, or the same of a changed run, does not resume it.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latmix.errors import InputError
-from latmix.rundir import read_json, write_json
+from latmix.rundir import digest, read_json, write_json, written
 
 SHARD = 2**31
 """Bytes in a shard, at most (a larger tensor has a shard of its own)."""
@@ -51,6 +50,8 @@ def begin(out: Path, plan: Any) -> Path:
     partial.mkdir(parents=True, exist_ok=True)
     if any(partial.iterdir()) and (not (partial / PLAN).exists() or read_json(partial / PLAN) != plan):
         raise InputError(f"'{partial}' is another export's, or of a run that has changed since; remove it first.")
+    for leaving in partial.glob(".*.tmp"):  # of a process that was killed in the middle of a file
+        leaving.unlink()
     write_json(partial / PLAN, plan)
     return partial
 
@@ -69,9 +70,8 @@ def write_shards(pieces: list[Piece], folder: Path, limit: int = SHARD) -> None:
         if (folder / name).exists():
             continue
         tensors = {piece.name: piece.make().contiguous() for piece in group}
-        temporary = folder / f"{name}.tmp"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / name)
+        with written(folder / name) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
     if len(groups) > 1:
         where = {piece.name: name for name, group in zip(names, groups, strict=True) for piece in group}
         total = sum(piece.bytes for piece in pieces)
@@ -89,12 +89,6 @@ def grouped(pieces: list[Piece], limit: int) -> list[list[Piece]]:
         groups[-1].append(piece)
         filled += piece.bytes
     return groups
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan_of(source: Path, target: str, version: str) -> dict[str, Any]:

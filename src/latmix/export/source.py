@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from latmix import recipes
 from latmix.archs import Arch
 from latmix.errors import DamagedError, InputError
+from latmix.model.checkpoint import checked
 from latmix.model.maps import Maps, build_maps
-from latmix.model.source import read_arch
+from latmix.model.source import read_arch, read_config
+from latmix.model.tensors import Tensors
 from latmix.numerics import parse_format
 from latmix.recipe import Recipe
 from latmix.rundir import RECIPE, SUMMARY, TRANSFORMS, is_run, read_json
@@ -30,8 +30,7 @@ PACKED, SCALE, GLOBAL = ".weight_packed", ".weight_scale", ".weight_global_scale
 class Source:
     """Attributes:
     config: the model's `config.json`.
-    files: tensor → the file that holds it.
-    shapes: tensor → its shape.
+    shapes: of all tensors.
     """
 
     path: Path
@@ -41,7 +40,7 @@ class Source:
     config: dict[str, Any]
     maps: Maps
     layout: Layout
-    files: dict[str, Path]
+    tensors: Tensors
     shapes: dict[str, tuple[int, ...]]
 
     @property
@@ -54,13 +53,9 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """Raises: LatmixError: the file is damaged."""
-        try:
-            with safe_open(self.files[name], "pt") as file:
-                found: Tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise DamagedError(f"'{name}' in '{self.files[name]}' cannot be read: {error}.") from error
+        found = self.tensors.tensor(name)
         if name.endswith(SCALE) and self.layout.weights.scale_element == "e8m0" and bool((found == 255).any()):
-            raise DamagedError(f"'{name}' in '{self.files[name]}' holds NaN scales.")
+            raise DamagedError(f"'{name}' in '{self.path}' holds NaN scales.")
         return found
 
 
@@ -69,12 +64,13 @@ def open_run(path: Path) -> Source:
     if not is_run(path):
         raise InputError(f"'{path}' is not a run directory; make one with latmix quantize MODEL --out RUN.")
     recipe, arch = recipes.find(str(path / RECIPE)), read_arch(path)
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    config = read_config(path)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     block = (activations or weights).block
     maps = build_maps(arch, config, recipe.folded, recipe.online, block=block, seed=recipe.seed)
     maps.restore(path / TRANSFORMS)
-    files, shapes = _tensors(path)
+    tensors = checked(path)
+    shapes = {name: stored.shape for name, stored in tensors.stored.items()}
     prefix = f"{arch.layers}.0."
     widths = {}
     for name in arch.linears:
@@ -86,7 +82,7 @@ def open_run(path: Path) -> Source:
         arch, weights, activations, widths, _biases(arch, shapes), recipe.online, sliding=sliding(config.to_dict())
     )
     source = Source(
-        path, recipe, read_json(path / SUMMARY), arch, read_json(path / "config.json"), maps, layout, files, shapes
+        path, recipe, read_json(path / SUMMARY), arch, read_json(path / "config.json"), maps, layout, tensors, shapes
     )
     _check(source)
     return source
@@ -96,21 +92,6 @@ def _biases(arch: Arch, shapes: dict[str, tuple[int, ...]]) -> frozenset[str]:
     paths = [name.removesuffix(".bias") for name in shapes if name.endswith(".bias")]
     found = {name for path in paths for name in arch.linears if path.startswith(arch.layers) and path.endswith(name)}
     return frozenset(found | ({HEAD} if arch.head in paths else set()))
-
-
-def _tensors(path: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-    files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("quantized*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (no mapping)
-                    files[name], shapes[name] = file, tuple(opened.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise DamagedError(f"'{file}' is cut short or damaged: {error}.") from error
-    if not files:
-        raise DamagedError(f"The run '{path}' holds no quantized*.safetensors.")
-    return files, shapes
 
 
 def _check(source: Source) -> None:

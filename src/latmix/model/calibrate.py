@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from latmix.archs import Arch, Input
 from latmix.errors import LatmixError
 from latmix.model.parts import layers, linear
-from latmix.numerics import BlockFormat, Quantized, decode
+from latmix.numerics import BlockFormat, Quantized, choose_tensor_scale, decode
 from latmix.weights import MoreDamping, WeightQuantizer
 
 BATCH = 8  # windows in one forward
@@ -59,12 +59,13 @@ def quantize_layer(
     for spot in arch.inputs:
         hessian = None if moment is None else moment(spot)
         dead = 0 if hessian is None else int((hessian.diagonal() == 0).sum())
+        tensor_scale = shared_scale([linear(layer, name).weight for name in spot.readers], format)
         for name in spot.readers:
             place = linear(layer, name)
             try:
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always", MoreDamping)
-                    found.quantized[name] = quantizer(place.weight, hessian, format)
+                    found.quantized[name] = quantizer(place.weight, hessian, format, tensor_scale)
             except LatmixError as error:
                 raise type(error)(f"{name}: {error}") from error
             for warning in caught:
@@ -74,6 +75,12 @@ def quantize_layer(
                 found.dead[name] = dead
             place.weight = nn.Parameter(decode(found.quantized[name]), requires_grad=False)
     return found
+
+
+def shared_scale(weights: list[Tensor], format: BlockFormat) -> Float[Tensor, ""] | None:
+    """One tensor-wide scale for the linears that read an input, which engines run as one; None where there is none."""
+    scales = [choose_tensor_scale(weight, format) for weight in weights]
+    return None if scales[0] is None else torch.stack([scale for scale in scales if scale is not None]).amax()
 
 
 class _Reached(Exception):
