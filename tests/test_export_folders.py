@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import latmix
 from latmix import export as exports
-from latmix.export import fingerprint, shards
+from latmix.export import fingerprint, shards, streamed
+from latmix.export.source import open_run
+from latmix.pipeline import restore
 from latmix.rundir import digest
 from latmix.targets import TARGETS
 from tests.exported import IDS, WITH_GGUF, Runs, agrees, logits
@@ -73,6 +76,28 @@ class TestFolders:
         for name, file in index.items():
             assert torch.equal(load_file(out / file)[name], whole[name])
         agrees("transformers", out, run)
+
+    def test_answers_are_the_runs_with_one_layer_in_memory(self, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+        run, there = runs("latmix-lu"), []
+        model = streamed.Streamed(open_run(run))
+        through = streamed.forward
+
+        def noting(*args: object) -> object:
+            full = [name for name, parameter in model.model.named_parameters() if not parameter.is_meta]
+            there.append({name.split(".")[2] for name in full if ".layers." in name})
+            return through(*args)
+
+        monkeypatch.setattr(streamed, "forward", noting)
+        for hidden, rounded in zip(model.hidden((IDS, True), (IDS, False)), (True, False), strict=True):
+            expected = logits(restore(run, rounded).model).log_softmax(-1).flatten(0, 1)
+            assert torch.equal(model.logprobs(hidden.flatten(0, 1)), expected)
+        assert there == [{"0"}, {"0"}, {"1"}, {"1"}]
+
+    def test_leavings_of_a_killed_process_do_not_end_in_the_export(self, runs: Runs, tmp_path: Path) -> None:
+        partial = shards.begin(tmp_path / "out", shards.plan_of(runs("rtn"), "transformers", version("latmix")))
+        (partial / ".model.safetensors.1.tmp").write_bytes(b"half")
+        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        assert not list(out.glob(".*"))
 
     def test_another_exports_leavings_are_not_resumed(self, runs: Runs, tmp_path: Path) -> None:
         (tmp_path / "out.partial").mkdir()

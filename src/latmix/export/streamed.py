@@ -1,6 +1,6 @@
 """What a run answers, computed with one decoder layer in memory.
 
-A pass reads the run's files once: each layer is decoded, everything that was asked goes through it, and it is forgotten.
+A pass reads the run's files once: each layer is decoded, everything that was asked goes through it, it is forgotten.
 Cost of a pass: every weight decoded to float32 once, and the hidden states in memory. Given up: a cache of keys and
 values; a greedy token costs a pass, whatever came before it.
 """
