@@ -146,7 +146,7 @@ class TestFolders:
         tensors, scale = load_file(file), "model.layers.0.mlp.up_proj.weight_scale"
         summary = json.loads((run / "summary.json").read_text())
         save_file({**tensors, scale: tensors[scale] + 1}, file)
-        with pytest.raises(latmix.LatmixError, match=f"{file.name}' is damaged: its SHA-256"):
+        with pytest.raises(latmix.LatmixError, match=f"{file.name}' is (damaged: its SHA-256|cut short or changed)"):
             exports.export(run, "compressed-tensors", tmp_path / "out")
         for broken, message in (
             ({key: value for key, value in tensors.items() if key != scale}, f"lacks the tensor '{scale}'"),

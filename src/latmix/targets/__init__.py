@@ -3,7 +3,8 @@
 An engine takes a fixed architecture: a bias where it has a slot for one, an online transform where it has a place for
 one, the formats it has arithmetic for. `Layout` is what a run asks for; a `Target` answers with `Refusal`s, each with
 its reason and the recipe settings that avoid it. `fit` applies those settings before learning (`--set target=…`), so
-that what is learned is what can be served; the export only refuses. No torch here: a layout is words.
+that what is learned is what can be served; but not to formats, which are what the user asked for: there it refuses, as
+the export always does. No torch here: a layout is words.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ from latmix.targets.rules import (
     weight_refusals,
 )
 
+FORMATS = {"weights", "activations"}  # recipe keys
 FIXED = ("hadamard", "block-hadamard")  # online transforms without anything to learn
 COMPRESSED = {"mxfp4": "mxfp4:scale=even", "mxfp8_e4m3": "mxfp8_e4m3:scale=rceil", "nvfp4": None}
 """Formats of compressed-tensors' linears, and how its engines round activations beside them, as latmix can. (Beside
@@ -55,14 +57,14 @@ TARGETS: Registry[Target] = Registry("target")
 def fit(recipe: Recipe, layout: Layout) -> Recipe:
     """The recipe changed until its target can serve it; as it is where it names no target.
 
-    Raises: InputError: unknown target, or no setting helps; gives the reason.
+    Raises: InputError: unknown target, or one that lacks a format, or no setting helps; gives the reason.
     """
     if recipe.target is None:
         return recipe
     target = TARGETS[recipe.target]
     while refusals := target.refusals(expected(recipe, layout), recipe):
-        if not refusals[0].settings:
-            raise InputError(f"The target '{target.name}' cannot serve this: {refusals[0].reason}.")
+        if refusals[0].settings.keys() <= FORMATS:
+            raise InputError(f"The target '{target.name}' cannot serve this: {refusals[0]}.")
         recipe = override(recipe, refusals[0].settings)
     return _without_idle_learning(recipe, layout.arch)
 
@@ -77,7 +79,7 @@ def _without_idle_learning(recipe: Recipe, arch: Arch) -> Recipe:
 def refuse(target: Target, layout: Layout, recipe: Recipe) -> None:
     """Raises: InputError: the target cannot serve this layout; names the reason and the settings that fit."""
     if refusals := target.refusals(layout, recipe):
-        fits = all(refusal.settings for refusal in refusals)
+        fits = all(refusal.settings.keys() - FORMATS for refusal in refusals)
         advice = f"; learn it for this target with --set target={target.name}" if fits else ""
         reasons = "; ".join(map(str, refusals))
         raise InputError(f"'{target.name}' cannot express this run: {reasons}{advice}.")
