@@ -91,7 +91,7 @@ def rows(model: Path, recipe: str, changes: dict[str, str], args: argparse.Names
             if engine in manifest["engines"]:
                 found.append(start + row(model, to, engine, folder, python))
             else:
-                found.append(f"{start}{engine}: refused, see below{empty}")
+                found.append(f"{start}{engine}: refused, it ignores online transforms{empty}")
             weight = exports.weight_of(folder, manifest)
             sizes.append(f"| {model.name} | {label} | {to} | {weight.bytes:,} | {weight.bf16_bytes:,} |")
         except LatmixError as error:
