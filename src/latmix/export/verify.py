@@ -11,6 +11,7 @@ import datetime
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,9 +105,17 @@ def ask(folder: Path, engine: str, request: dict[str, Any], python: str | None) 
         if engine == "transformers" and python is None:
             run_transformers.main(str(folder), str(question), str(answer))
         else:
-            _run([python or sys.executable, str(SCRIPTS / f"run_{engine}.py"), str(folder.resolve())], question, answer)
+            program = interpreter(python) if python else sys.executable
+            _run([program, str(SCRIPTS / f"run_{engine}.py"), str(folder.resolve())], question, answer)
         with np.load(answer) as found:
             return {name: found[name] for name in found}
+
+
+def interpreter(python: str) -> str:
+    """Its path from any folder, the link of a virtual environment as it is. Raises: InputError: there is none."""
+    if (found := shutil.which(python)) is None:
+        raise InputError(f"'{python}' cannot be started; give the path of an interpreter.")
+    return os.path.abspath(found)
 
 
 def _run(command: list[str], question: Path, answer: Path) -> None:
