@@ -1,0 +1,192 @@
+"""The pass over the layers: one in memory, checked before it is written, the same whatever the machine does beside."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import latmix
+from latmix.archs import ARCHS
+from latmix.convert import Conversion, Task
+from latmix.errors import FailedError, InputError
+from latmix.model import calibrate, fold, maps, states
+from latmix.model.calibrate import quantize_layer
+from latmix.model.fold import absorb_layer
+from latmix.model.maps import build_maps, reports
+from latmix.model.parts import layers
+from latmix.model.source import open_source
+from latmix.numerics import parse_format
+from latmix.progress import Progress
+from latmix.stages import Stages
+from latmix.weights import MoreDamping, parse_quantizer
+from tests.models import perturb, tiny
+from tests.test_pipeline import save_tiny, settings, shards
+from tests.texts import CALIBRATION
+
+LLAMA, FORMAT = ARCHS["llama"], parse_format("mxfp4:scale=even")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def quantize(model: Path, out: Path, recipe: str = "block-hadamard", **changes: str) -> latmix.Run:
+    return latmix.quantize(model, out, recipe, CALIBRATION, 0, settings(recipe) | changes)
+
+
+def test_no_layer_outlives_its_turn(model: Path, tmp_path: Path) -> None:
+    source, windows = open_source(model), torch.arange(96).view(4, 24)
+    nothing = build_maps(source.arch, source.config, {}, {}, block=32, seed=0)
+    task = Task(source, nothing, FORMAT, FORMAT, parse_quantizer("gptq"), windows, windows[:1])
+    stages = Stages(tmp_path / "stages.json")
+    conversion = Conversion(task, tmp_path, tmp_path, stages)
+    seen: list[bool] = []
+
+    class Watch(Progress):
+        def advance(self, note: str = "") -> None:
+            seen.extend(p.is_meta for layer in conversion.layers for p in layer.parameters())
+
+    conversion.run(Watch())
+    assert len(seen) > 20 and all(seen)
+    left = {path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors"}
+    assert left == {"stages.json", "taught.2", "original.2", "quantized.2"}  # for the heads alone
+
+
+def test_without_calibration_and_measurement_no_activation_is_computed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded = {"quantizer": "rtn"}
+    measured = quantize(model, tmp_path / "measured", **rounded)
+
+    def none(*_: object) -> None:
+        raise AssertionError("hidden states were made")
+
+    monkeypatch.setattr(states.States, "put", none)
+    run = quantize(model, tmp_path / "run", **rounded, **{"calibration.held_out": "0"})
+    assert run.summary["held_out"] is None and run.summary["float_change_kl"] == {"before": None, "after": None}
+    assert shards(run.path).keys() == shards(measured.path).keys()
+    for name in shards(run.path):  # as bytes they differ: a measured layer has its errors beside it
+        ours, other = load_file(run.path / name), load_file(measured.path / name)
+        assert all(torch.equal(tensor, other[key]) for key, tensor in ours.items())
+    with pytest.raises(InputError, match=r"calibration.held_out' is 0; learning needs"):
+        quantize(model, tmp_path / "learned", "latmix-lu", **{"calibration.held_out": "0"})
+
+
+def test_a_wrong_fold_is_found_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = fold.moved
+
+    def wrong(weight: torch.Tensor, *rest: object, **options: object) -> object:
+        moved, bias = right(weight, *rest, **options)
+        moved[1, 3] += 1e-4 * moved.abs().max()
+        return moved, bias
+
+    monkeypatch.setattr(fold, "moved", wrong)
+    absent = tmp_path / "run"
+    with pytest.raises(FailedError, match=r"Layer 0, self_attn.v_proj: folding misses by \d\.\de-0\d of the output"):
+        quantize(model, absent, **{"folded.residual": "none"})
+    assert not absent.with_name("run.partial").exists()
+
+
+@pytest.mark.parametrize("shift", ["none", "full", "layers"])
+def test_folding_agrees_far_below_its_bound(shift: str) -> None:
+    """Half the bound, even for a map of condition number 10⁴."""
+    place = tiny("llama").model.layers[0].self_attn.o_proj
+    arguments = {"block": 32, "seed": 0}
+    found = build_maps(LLAMA, tiny("llama").config, {"residual": f"lu:shift={shift}"}, {}, **arguments).double()
+    perturb(found, 0.3)
+    map = found.folded("residual", 0)
+    with torch.no_grad():
+        next(p for n, p in map.named_parameters() if "log" in n)[0] += 9.2
+    assert map.condition() > 1e4
+    tight = fold.AGREEMENT / 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fold, "AGREEMENT", tight)
+        fold.folded(place, None, map, shifts=0)
+        fold.folded(place, map, None, shifts=0)
+
+
+def test_pieces_do_not_change_what_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tiny("llama").model.layers[0].mlp.up_proj
+    map = build_maps(LLAMA, tiny("llama").config, {"residual": "lu:shift=full"}, {}, block=32, seed=0).double()
+    perturb(map, 0.3)
+    source = map.folded("residual", 0)
+    whole = fold.folded(place, source, None, shifts=0)
+    monkeypatch.setattr(fold, "PIECE", 1000)
+    pieces = fold.folded(place, source, None, shifts=0)
+    torch.testing.assert_close(pieces.weight, whole.weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(pieces.bias, whole.bias, rtol=1e-6, atol=1e-6)
+
+
+def test_a_map_next_to_singular_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = build_maps(LLAMA, tiny("llama").config, {"up": "diagonal", "residual": "lu"}, {}, block=32, seed=0)
+    assert reports(found)["up/1"]["condition"] == 1.0
+    found.folded("up", 1).log_scale.data[3] += 14.0  # e¹⁴ = 1.2 million
+    with pytest.raises(FailedError, match=r"map 'up/1' has condition number 1.2e\+06, above 1.0e\+06"):
+        reports(found)
+    monkeypatch.setattr(maps, "CONDITION", 2.0**21)
+    assert reports(found)["up/1"]["condition"] == pytest.approx(1.2026e6, rel=1e-3)
+
+
+def test_more_damping_and_dead_inputs_are_noted_by_linear() -> None:
+    layer = layers(tiny("llama"), LLAMA)[0]
+    absorb_layer(layer, LLAMA)
+
+    def moment(spot: object) -> torch.Tensor:
+        size = 96 if spot.name == "down" else 64  # type: ignore[attr-defined]
+        found = torch.eye(size)
+        if spot.name == "o":  # type: ignore[attr-defined]
+            found[0, 1] = found[1, 0] = 1.02  # no mean of squares: an eigenvalue of -0.02
+        if spot.name == "down":  # type: ignore[attr-defined]
+            found[5] = found[:, 5] = 0.0
+        return found
+
+    found = quantize_layer(layer, LLAMA, parse_quantizer("gptq"), FORMAT, moment)
+    assert found.damping == {"self_attn.o_proj": pytest.approx(0.1)}
+    assert found.dead == {"mlp.down_proj": 1}
+    assert str(MoreDamping(0.1)) == "The Hessian needed damping 0.1 to be positive definite."
+
+
+def test_every_layer_is_in_the_log_with_its_seconds(model: Path, tmp_path: Path) -> None:
+    run = quantize(model, tmp_path / "run")
+    lines = (run.path / "log.txt").read_text().splitlines()
+    pattern = r"[\d-]+ [\d:]+ quantize: (\d)/2, layer \d, [\d.e-]+ s each, \d+ s left"
+    assert [match[1] for line in lines if (match := re.fullmatch(pattern, line))] == ["1", "2"]
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "threads": lambda patch: torch.set_num_threads(2),
+    "batch": lambda patch: [patch.setattr(place, "BATCH", 3) for place in (calibrate, states)] and None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_threads_and_batches_change_next_to_nothing(
+    change: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums in another order: a code changes where a target lies on a tie, and what follows from it. The bound, on this
+    model: a code in a hundred, and a hundredth of the divergence."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = quantize(model, tmp_path / "one")
+        CHANGES[change](monkeypatch)
+        other = quantize(model, tmp_path / "other")
+    finally:
+        torch.set_num_threads(before)
+    codes = [
+        {key: tensor for file in shards(run.path) for key, tensor in load_file(run.path / file).items()}
+        for run in (one, other)
+    ]
+    total = sum(tensor.numel() for tensor in codes[0].values())
+    differing = sum(int((tensor != codes[1][key]).sum()) for key, tensor in codes[0].items())
+    assert differing <= total / 100
+    kl = [run.summary["held_out"]["kl"]["mean"] for run in (one, other)]
+    assert kl[0] == pytest.approx(kl[1], rel=0.01)
+    assert json.dumps(one.summary["maps"]) == json.dumps(other.summary["maps"])
