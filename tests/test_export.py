@@ -168,4 +168,7 @@ def test_the_readme_serves_as_the_export_says(target: str) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     served = exports.EXPORTS[target].serve(Path("served"), "mxfp4:scale=even")
     assert served in readme
+    alone = exports.EXPORTS[target].serve(Path("served"), None)
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "serving.md").read_text("utf-8")
+    assert alone in readme + guide
     assert set(exports.EXPORTS) == set(TARGETS)

@@ -17,6 +17,7 @@ import latmix
 from latmix import export as exports
 from latmix.export import fingerprint, shards, streamed
 from latmix.export.source import open_run
+from latmix.export.verify import interpreter
 from latmix.pipeline import restore
 from latmix.rundir import digest
 from latmix.targets import TARGETS
@@ -92,6 +93,15 @@ class TestFolders:
             expected = logits(restore(run, rounded).model).log_softmax(-1).flatten(0, 1)
             assert torch.equal(model.logprobs(hidden.flatten(0, 1)), expected)
         assert there == [{"0"}, {"0"}, {"1"}, {"1"}]
+
+    def test_an_engines_interpreter_is_found_from_any_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "python").symlink_to(sys.executable)
+        assert interpreter("./python") == str(tmp_path / "python")  # as it is: a virtual environment is known by it
+        with pytest.raises(latmix.LatmixError, match="'./nothing' cannot be started"):
+            interpreter("./nothing")
 
     def test_leavings_of_a_killed_process_do_not_end_in_the_export(self, runs: Runs, tmp_path: Path) -> None:
         partial = shards.begin(tmp_path / "out", shards.plan_of(runs("rtn"), "transformers", version("latmix")))

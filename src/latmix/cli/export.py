@@ -19,8 +19,10 @@ Python = Annotated[
 @app.command("export")
 def export_command(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    to: Annotated[str, typer.Option(help="compressed-tensors (vLLM), transformers or gguf (llama.cpp).")],
     out: Annotated[Path, typer.Option(help="New folder.")],
+    to: Annotated[
+        str, typer.Option(help="compressed-tensors (vLLM), transformers or gguf (llama.cpp).")
+    ] = "compressed-tensors",
     python: Python = None,
 ) -> None:
     """Write a run in the format of an engine, and verify it in that engine where it is installed."""
