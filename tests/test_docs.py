@@ -6,6 +6,8 @@ machine (make, pip) are not run but held against what the Makefile and pyproject
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -66,6 +68,10 @@ def test_shell_blocks_run(page: Path, desk: Path) -> None:
         if program == "latmix":
             done = CliRunner().invoke(app, arguments)
             assert done.exit_code == 0, f"{line}: {done.output} {done.exception}"
+        elif program == "torchrun":
+            launched = [sys.executable, "-m", "torch.distributed.run", *arguments, "--set", "learning.steps=4"]
+            done = subprocess.run(launched, capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr
         else:
             assert_known(program, arguments)
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from latmix.archs import Arch
 from latmix.assets import CALIBRATION
 from latmix.convert import Conversion, Task, fit_maps
 from latmix.data import calibration_windows, read_text, windows
-from latmix.distill import Step, learn, tune
+from latmix.distill import Step, learn, ranks, tune
 from latmix.errors import InputError
 from latmix.eval import Estimate, Scores, score, size_of
 from latmix.layerwise import learn_layers
@@ -101,12 +102,14 @@ def quantize(
 
     Where the recipe names a target, what that cannot express is left out, and the run holds the recipe as changed.
     A run that was stopped, however, ends in the same bytes as one that was not; what may differ in the call that goes
-    on with it is in `latmix.workspace.MAY_CHANGE`.
+    on with it is in `latmix.workspace.MAY_CHANGE`. Of the processes of `torchrun`, all learn together (`distill.ranks`)
+    and the first does everything else; for the others this call ends the program.
 
     Raises: LatmixError: bad input, in one sentence, and nothing is left behind; or a failure in the middle, and what is
         finished is kept for the next call.
     """
     partial_of(out := Path(out))
+    helper = ranks.started() > 0
     recipe = override(recipes.find(recipe), settings or {})
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
     quantizer = parse_quantizer(recipe.quantizer)
@@ -118,6 +121,9 @@ def quantize(
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     maps = _maps(source.arch, source.config, recipe)
     task = Task(source, maps, weights, activations, quantizer, taught, held_out)
+    if helper:
+        _help(task, recipe, Workspace(partial_of(out)))
+        raise SystemExit(0)
     inputs = {"model": source.digest(), "calibration": corpus.digest, "device": pick_device().type, **_versions()}
     with workspace(out, recipe, inputs) as space:
         if not (space.folder / SUMMARY).exists():
@@ -146,7 +152,7 @@ def _convert(
     """The stages in order, each skipped where its result is there; returns what they found."""
     folder, maps = space.folder, task.maps
     with stages.stage("learn"):
-        before = _learned(task, recipe, space, progress)
+        before = _learned(task, recipe, space, progress, space.snapshot(LEARN))
     stages.save()
     conditions = reports(maps)
     shards = folder if recipe.tuning is None else space.work
@@ -226,7 +232,14 @@ def _maps(arch: Arch, config: PreTrainedConfig, recipe: Recipe) -> Maps:
     return build_maps(arch, config, recipe.folded, recipe.online, block=block, seed=recipe.seed).to(pick_device())
 
 
-def _learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> float | None:
+def _help(task: Task, recipe: Recipe, space: Workspace) -> None:
+    """Learn along with the process that makes the run, in a folder of one's own."""
+    if recipe.learning is not None and task.maps.learned() and not (space.folder / TRANSFORMS).exists():
+        with tempfile.TemporaryDirectory() as own:
+            _learned(task, recipe, Workspace(Path(own)), Progress(), space.snapshot(LEARN))
+
+
+def _learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress, snapshot: Path) -> float | None:
     """Fit and learn the maps, in place; returns what they cost in float before, None where nothing learns."""
     maps, file, noted = task.maps, space.folder / TRANSFORMS, space.work / "before.json"
     if file.exists():
@@ -235,12 +248,13 @@ def _learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -
         torch.manual_seed(recipe.seed)
         fit_maps(task.source, maps, task.taught, space.work, progress)
         if recipe.layerwise is not None or (recipe.learning is not None and maps.learned()):
-            _learn(task, recipe, space, progress, noted)
+            with ranks.together():
+                _learn(task, recipe, space, progress, noted, snapshot)
         maps.save(file)
     return read_json(noted) if noted.exists() else None
 
 
-def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress, noted: Path) -> None:
+def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress, noted: Path, snapshot: Path) -> None:
     """Learning couples all layers: the whole model is in memory, and gone afterwards."""
     teacher = load(task.source.path).model
     arch, maps = task.source.arch, task.maps
@@ -255,7 +269,6 @@ def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress, not
     learn_layers(attached, teacher, task.taught, recipe, progress)
     if recipe.learning is not None and maps.learned():
         with _curve(space.folder / METRICS, "learn", recipe.learning.steps, progress) as record:
-            snapshot = space.snapshot(LEARN)
             learn(attached, teacher, task.taught, task.held_out, recipe.learning, recipe.seed, record, snapshot)
 
 

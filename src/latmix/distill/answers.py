@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from latmix.distill import ranks
 from latmix.errors import FailedError, WriteError
 from latmix.recipe import COMPUTE
 
@@ -47,14 +48,15 @@ class Answers:
         self.compute, self._head = compute, teacher.get_output_embeddings()
         dtype = torch.bfloat16 if compute == "bfloat16" else teacher.dtype
         self._hidden = _room((*windows.shape, teacher.config.hidden_size), dtype, scratch)
-        for start in range(0, len(windows), BATCH):
-            ids = windows[start : start + BATCH].to(teacher.device)
+        for rows in torch.arange(len(windows)).split(BATCH * ranks.world()):
+            ids = windows[ranks.own(rows)].to(teacher.device)
             with computing(teacher.device, compute):
-                hidden = teacher.base_model(ids, use_cache=False).last_hidden_state
+                found = teacher.base_model(ids, use_cache=False).last_hidden_state
+            hidden = ranks.gathered(found, len(rows))
             if not (finite := hidden.isfinite().flatten(1).all(1)).all():
-                first = start + int((~finite).nonzero()[0])
+                first = int(rows[~finite.cpu()][0])
                 raise FailedError(f"The unquantized model gives NaN or infinity on calibration window {first}.")
-            self._hidden[start : start + BATCH] = hidden
+            self._hidden[rows] = hidden.to(self._hidden)
 
     @torch.no_grad()
     def logits(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch window vocabulary"]:

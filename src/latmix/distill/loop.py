@@ -14,15 +14,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latmix.distill import ranks
 from latmix.distill.answers import BATCH, Answers, logits_of
 from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.runaway import check_held_out, diverged
 from latmix.distill.snapshot import Course, Step, identity, load, save
 from latmix.distill.student import Student
+from latmix.errors import InputError
 from latmix.recipe import Distillation
 
 KEEP_EVERY = 60.0
@@ -34,9 +36,10 @@ def mean_divergence(answers: Answers, student: Student, windows: Int[Tensor, "wi
     """Mean KL over all positions of the windows, which the answers are to."""
     total = 0.0
     with student.evaluated_once():
-        for rows in torch.arange(len(windows)).split(BATCH):
-            got = logits_of(student.model, windows[rows], answers.compute)
-            total += float(divergence(answers.logits(rows), got).mean(-1).sum())
+        for rows in torch.arange(len(windows)).split(BATCH * ranks.world()):
+            own = ranks.own(rows)
+            got = logits_of(student.model, windows[own], answers.compute)
+            total += float(ranks.gathered(divergence(answers.logits(own), got).mean(-1), len(rows)).sum())
     return total / len(windows)
 
 
@@ -60,11 +63,13 @@ class _Stage:
         rows, rate = self.order[course.step], learning_rate(course.step + 1, self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate"]
-        loss = accumulate(self.student, self.answers, self.windows, rows, self.schedule)
+        loss = float(self._losses(ranks.own(rows)[None]).mean())
         if not math.isfinite(loss):
             raise diverged(f"the loss of calibration windows {self._broken(rows)} is {loss}", course, self.schedule)
-        gradients = [each.grad for group in self.optimizer.param_groups for each in group["params"]]
-        norm = float(nn.utils.get_total_norm(each for each in gradients if each is not None))
+        parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        ranks.average(gradients)
+        norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             raise diverged(f"the norm of the gradient is {norm}", course, self.schedule)
         self.optimizer.step()
@@ -74,11 +79,13 @@ class _Stage:
 
     def _broken(self, rows: Int[Tensor, " batch"]) -> str:
         """Which windows of a batch have a loss that is no number."""
-        losses = {
-            int(self.numbers[row]): accumulate(self.student, self.answers, self.windows, row, self.schedule)
-            for row in rows.split(1)
-        }
-        return ", ".join(str(number) for number in sorted(losses) if not math.isfinite(losses[number]))
+        broken = ~self._losses(ranks.own(rows)[:, None])[: len(rows)].isfinite().cpu()
+        return ", ".join(map(str, sorted(self.numbers[rows[broken]].tolist())))
+
+    def _losses(self, own: Int[Tensor, "parts rows"]) -> Float[Tensor, " all_parts"]:
+        """The loss of each part of this rank's rows, then the next rank's; gradients accumulate."""
+        losses = [accumulate(self.student, self.answers, self.windows, rows, self.schedule) for rows in own]
+        return ranks.gathered(torch.tensor(losses, device=self.student.model.device), len(own) * ranks.world())
 
 
 def distill(
@@ -96,16 +103,24 @@ def distill(
     snapshot: where the stage is kept while it runs, for the next call to go on from; its folder also takes the
         teacher's answers. Steps taken before are reported to `on_step` again. None: nothing is written.
 
+    Where several processes learn together (`ranks`), all call this alike and see the snapshot's folder, and the models
+    that are frozen are left sharded.
+
     Cost: one forward of the teacher for every window, and per step one forward and backward of the student.
     Raises:
+        InputError: the batch does not divide over the processes.
         DivergedError: the student is left at its best step, and the snapshot is there.
         LatmixError: the snapshot is of other steps or damaged, or cannot be written (`snapshot`).
     """
+    if schedule.batch % ranks.world():
+        raise InputError(f"A batch of {schedule.batch} windows cannot be shared out over {ranks.world()} processes.")
     optimizer = torch.optim.Adam(student.groups(), betas=(0.9, 0.95))
     name = identity(schedule, seed, windows=windows, held_out=held_out)
     course = None if snapshot is None else load(snapshot, name, student.learned, optimizer)
     scratch = None if snapshot is None else snapshot.parent
     used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
+    ranks.shard(teacher)
+    student.spread()
     ask = partial(Answers, teacher, scratch=scratch, compute=schedule.compute)
     answers = ask(windows[used]) if schedule.objective == "kl" else None
     stage = _Stage(student, windows[used], used, order, answers, schedule, optimizer)
@@ -115,7 +130,9 @@ def distill(
         course = Course([Step(0, start, 0.0, 0.0, 0.0, start)], copy.deepcopy(student.learned.state_dict()))
     for step in course.curve:
         on_step(step)
-    keep = None if snapshot is None else partial(save, snapshot, name, course, student.learned, optimizer)
+    keep = (
+        None if snapshot is None or ranks.rank() else partial(save, snapshot, name, course, student.learned, optimizer)
+    )
     try:
         _prepare(student.model, schedule)
         _run(stage, course, measure, on_step, keep)

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latmix.distill import ranks
 from latmix.distill.loop import distill
 from latmix.distill.snapshot import Step
 from latmix.distill.student import Student
@@ -32,6 +33,9 @@ class Mapped(Student):
 
     def penalty(self) -> Tensor:
         return self._volume * volume(self._maps)
+
+    def spread(self) -> None:
+        ranks.shard(self.model)
 
     def evaluated_once(self) -> contextlib.AbstractContextManager[object]:
         return evaluated_once(self._maps)
