@@ -91,7 +91,8 @@ def rows(model: Path, recipe: str, changes: dict[str, str], args: argparse.Names
             if engine in manifest["engines"]:
                 found.append(start + row(model, to, engine, folder, python))
             else:
-                found.append(f"{start}{engine}: refused, it ignores online transforms{empty}")
+                why = "it ignores online transforms" if engine == "transformers" else "on a CPU it has no place for it"
+                found.append(f"{start}{engine}: refused, {why}{empty}")
             weight = exports.weight_of(folder, manifest)
             sizes.append(f"| {model.name} | {label} | {to} | {weight.bytes:,} | {weight.bf16_bytes:,} |")
         except LatmixError as error:

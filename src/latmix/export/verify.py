@@ -103,7 +103,10 @@ def ask(folder: Path, engine: str, request: dict[str, Any], python: str | None) 
         question, answer = Path(scratch) / "request.json", Path(scratch) / "answer.npz"
         question.write_text(json.dumps(request), "utf-8")
         if engine == "transformers" and python is None:
-            run_transformers.main(str(folder), str(question), str(answer))
+            try:
+                run_transformers.main(str(folder), str(question), str(answer))
+            except ImportError as error:  # compressed-tensors, say
+                raise UnavailableError(f"transformers cannot load '{folder}' here: {error}") from error
         else:
             program = interpreter(python) if python else sys.executable
             _run([program, str(SCRIPTS / f"run_{engine}.py"), str(folder.resolve())], question, answer)
