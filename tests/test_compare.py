@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import latmix
 from latmix.cli import app
 from latmix.comparison import plan, results, table
+from latmix.comparison.cell import compute
 from latmix.comparison.plan import FULL_PRECISION, Cell, Measures
 from latmix.comparison.seeds import seeded
 from latmix.errors import LatmixError
@@ -86,6 +87,41 @@ def test_killed_and_started_again_gives_the_same_table_and_a_failure_stops_nothi
     tables = {kind: (tmp_path / "killed" / f"table.{kind}").read_bytes() for kind in ("json", "csv", "md")}
     CliRunner().invoke(app, words[3:])  # nothing left to do but the one that fails
     assert tables == {kind: (tmp_path / "killed" / f"table.{kind}").read_bytes() for kind in tables}
+
+
+class Killed(BaseException):
+    """What no handler of errors catches, as a process that is killed runs none."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    cell = one_cell(model, tmp_path_factory.mktemp("undisturbed"))
+    compute(cell)
+    return cell.evaluation.read_bytes()
+
+
+def one_cell(model: Path, out: Path) -> Cell:
+    measures = Measures(str(OTHER))
+    return plan.cells(model, ["block-hadamard"], out, 1, CALIBRATION, measures, settings("block-hadamard"))[1]
+
+
+@pytest.mark.parametrize("moment", ["quantize", "evaluate", "write_json"])
+def test_a_cell_that_was_killed_between_its_steps_ends_in_the_same(
+    moment: str, model: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a run: tests/test_resume.py."""
+    cell = one_cell(model, tmp_path)
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"latmix.comparison.cell.{moment}", killed)
+        with pytest.raises(Killed):
+            compute(cell)
+    assert not cell.finished and cell.run.is_dir() == (moment != "quantize")
+    compute(cell)
+    assert cell.finished and cell.evaluation.read_bytes() == undisturbed
 
 
 def test_a_cell_is_named_by_everything_that_decides_it(model: Path, tmp_path: Path) -> None:
