@@ -1,0 +1,140 @@
+"""What quantizing a model will need here, in memory and time: counted from what each stage holds and multiplies.
+
+Folding, rounding and measuring hold one layer at a time, whatever the size of the model, and some tokens in it;
+learning and tuning hold all of it. Counts are exact where they can be (weights, Hessians, logits); how many vectors a
+forward keeps alive is a constant each, checked by runs of several sizes (tests/test_plan.py, docs/results/plan.md).
+Time is an estimate from one timed matrix product: right in order of magnitude, for the machine as busy as it is now.
+Given up: the memory of a GPU, where other things stand.
+"""
+
+import math
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from latmix.eval.heldout import LOGITS
+from latmix.model.calibrate import BATCH
+from latmix.model.tensors import PIECE
+from latmix.recipe import Distillation, Recipe
+
+KEPT, FULL = 2, 4  # bytes: bfloat16 on disk, float32 at work
+WARM = 130 * 2**20  # tokenizer, text, kernels, first forward: measured on the demo model
+WIDTHS, FFN = 8, 3  # alive at once in a layer's forward, per token: vectors of hidden, of feed-forward width
+LEARN_WIDTHS, LEARN_FFN = 13, 6  # the same where they are kept for backward
+SCORED, LEARNED = (
+    6.5,
+    8,
+)  # tensors of the size of the logits at once: measured, learned from
+HESSIAN = 32  # bytes for each of its numbers: H, damped, factor and its mirror image, half of them in float64
+ROUNDED = 7  # float32 copies of a linear while it is folded or rounded
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a recipe will need here: peak host memory in bytes and seconds, by stage."""
+
+    peak: dict[str, int]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: parameters of all quantized linears, of the largest one, and of one of the two tables; widths."""
+
+    linears: int
+    largest: int
+    widest: int
+    table: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    longest: int
+
+    @staticmethod
+    def of(linears: Collection[tuple[int, int]], config: transformers.PreTrainedConfig) -> "Sizes":
+        """linears: (out, in) of every quantized one."""
+        products = [rows * columns for rows, columns in linears]
+        return Sizes(
+            sum(products),
+            max(products),
+            max(columns for _, columns in linears),
+            config.vocab_size * config.hidden_size,
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.vocab_size,
+            config.max_position_embeddings,
+        )
+
+
+def work(sizes: Sizes, recipe: Recipe) -> Work:
+    """By stage; the largest peak is the run's, the sum of the seconds its time."""
+    peak, seconds = _conversion(sizes, recipe)
+    for name, stage in (("learn", recipe.learning), ("tune", recipe.tuning)):
+        if stage is not None:
+            peak[name], seconds[name] = _whole(sizes, recipe, stage)
+    base, rate = resident() + WARM, _flops()
+    return Work({k: base + int(v) for k, v in peak.items()}, {k: v / rate for k, v in seconds.items()})
+
+
+def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes beyond what Python takes, and multiply-adds times two, of the stages that hold one layer."""
+    window, calibrated = min(recipe.calibration.window, s.longest), recipe.quantizer.startswith("gptq")
+    tokens, seen = recipe.calibration.windows * window, recipe.calibration.held_out * window
+    batch = min(BATCH, recipe.calibration.windows) * window * FULL * (WIDTHS * s.hidden + FFN * s.intermediate)
+    layer = (FULL + 1) * s.linears / s.layers  # float32, and a byte for every code
+    rounding = max(ROUNDED * FULL * s.largest, HESSIAN * s.widest**2 if calibrated else 0)
+    scored = min(BATCH, recipe.calibration.held_out) * window  # tokens whose logits live at once
+    piece, logits = min(s.table, PIECE), FULL * min(LOGITS, scored * s.vocabulary)
+    peak = {
+        "quantize": layer + batch + rounding,
+        "measure": batch + FULL * piece + 2 * KEPT * s.table + SCORED * logits,  # two heads, in mapped files
+    }
+    hessians = s.linears * (2 * tokens + 3 * s.widest) if calibrated else 0
+    forwards = 2 * s.linears * (3 * tokens * calibrated + 3 * seen)  # an input at a time comes to three whole ones
+    return peak, {"quantize": hessians + forwards, "measure": 2 * 3 * s.table * seen}
+
+
+def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[float, float]:
+    """The same for a stage that holds the whole model: teacher, and what of the student is not the teacher's."""
+    window = min(recipe.calibration.window, s.longest)
+    batch = math.ceil(stage.batch / stage.accumulation) * window
+    per_token = s.layers * (LEARN_WIDTHS * s.hidden + LEARN_FFN * s.intermediate)
+    kept = 0 if stage.checkpointing else batch * per_token  # fused attention keeps no matrix of scores
+    answers = (recipe.calibration.windows + recipe.calibration.held_out) * window * s.hidden
+    moved = s.linears + (2 * s.table if recipe.folded else 0)
+    own = 3 * moved if stage is recipe.learning else _tuned(s, recipe)
+    values = s.linears + 2 * s.table + own + kept + answers + LEARNED * batch * s.vocabulary
+    # teacher 2, student 6 a weight and token; rounding as much
+    return FULL * values, 2 * 8 * (s.linears + s.table) * stage.steps * stage.batch * window
+
+
+def _tuned(s: Sizes, recipe: Recipe) -> int:
+    """The unrounded weights, latents with gradient, Adam's moments and three limits, and what rounding keeps."""
+    moving = recipe.tuning is not None and recipe.tuning.codes
+    return (10 if moving else 1) * s.linears + s.linears + 2 * s.table
+
+
+def resident() -> int:
+    """Bytes this process holds now: what Python and its packages take before any work."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 500 * 2**20
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def _flops() -> float:
+    """Multiply-adds times two a second, in float32, on the device that would do the work."""
+    a = torch.randn(1024, 1024, device="cuda" if torch.cuda.is_available() else "cpu")
+    best = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024**3 / best
