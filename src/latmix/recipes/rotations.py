@@ -25,15 +25,16 @@ def spinquant() -> Recipe:
     """Rotations of stream and values learned on cross-entropy; Hadamard online at down; GPTQ (2405.16406).
 
     As published: from a random Hadamard matrix, 100 steps, the weights at full precision while learning (section 4.2,
-    since GPTQ follows). Not as published: Adam on the exponential of a skew matrix instead of Cayley SGD, and the step
-    that is kept is the best by held-out divergence, as in every learned recipe here.
+    since GPTQ follows). Not as published: Adam on the exponential of a skew matrix instead of Cayley SGD, at a rate
+    chosen on calibration text (docs/log.md, 2026-11-24), and the step that is kept is the best by held-out
+    divergence, as in every learned recipe here.
     """
     rotation = "rotation:init=random-hadamard"
     return Recipe(
         "spinquant",
         folded={"residual": rotation, "values": rotation},
         online=HADAMARD_AT_DOWN,
-        learning=Learning(objective="cross-entropy", steps=100, weights=False),
+        learning=Learning(objective="cross-entropy", steps=100, lr=1e-2, weights=False),
     )
 
 
