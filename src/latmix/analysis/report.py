@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from latmix.analysis.svg import Words, heat, lines, pairs
+from latmix.analysis.charts import chart, errors, table
+from latmix.analysis.svg import Words, lines
 from latmix.errors import DamagedError, InputError, WriteError
 from latmix.rundir import METRICS, RECIPE, SUMMARY, TUNING, is_run, read_json
 from latmix.typed import parsed
@@ -90,19 +91,6 @@ def render(records: Sequence[Record]) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _chart(figure: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return f"<div>{figure}<details><summary>The numbers</summary>{table(head, rows)}</details></div>"
-
-
 def _comparison(records: Sequence[Record]) -> str:
     head = ("run", "recipe", "seed", "perplexity", "KL", "KL 95 %", "top-1", "bits / weight", "MB", "s", "peak MB")
     rows = []
@@ -137,12 +125,12 @@ def _learning(title: str, records: Sequence[Record]) -> str:
     ends = "; ".join(f"{name} from {v[0][1]:.4f} to {min(y for _, y in v):.4f} at best" for name, v in held_out.items())
     words = Words(f"{title}: held-out KL", "step", "nats per token", ends + ".")
     rows = [[name, f"{step}", f"{value:.5f}"] for name, points in held_out.items() for step, value in points]
-    charts = _chart(lines(words, held_out), ("run", "step", "held-out KL"), rows)
+    charts = chart(lines(words, held_out), ("run", "step", "held-out KL"), rows)
     if all(loss.values()):
         last = "; ".join(f"{name} ends at {points[-1][1]:.4f}" for name, points in loss.items())
         words = Words(f"{title}: loss of every step", "step", "nats per token", last + ".")
         some = [[n, f"{x}", f"{y:.5f}"] for n, points in loss.items() for x, y in points[:: max(1, len(points) // 20)]]
-        charts += _chart(lines(words, loss), ("run", "step", "loss"), some)
+        charts += chart(lines(words, loss), ("run", "step", "loss"), some)
     return f'<section><h2>{title}</h2><div class="charts">{charts}</div></section>'
 
 
@@ -169,44 +157,13 @@ def _run(record: Record) -> str:
     parts = [
         f"<h2>{escape(record.name)}</h2>",
         f'<div class="facts">{table(("what was done", ""), facts)}</div>',
-        _errors(s.get("errors", {})),
+        errors(s.get("errors", {})),
     ]
     parts.append("<h3>What it took</h3>" + table(("stage", "s", "peak MB"), stages))
     if maps:
         parts.append("<h3>Maps</h3>" + table(("map", "condition number", "log |det|"), maps))
     parts.append(f"<details><summary>Recipe</summary><pre>{escape(json.dumps(recipe, indent=2))}</pre></details>")
     return f"<section>{''.join(parts)}</section>"
-
-
-def _errors(errors: Mapping[str, Mapping[str, list[float]]]) -> str:
-    if not errors:
-        return ""
-    means = {
-        place: (sum(e["before"]) / len(e["before"]), sum(e["after"]) / len(e["after"])) for place, e in errors.items()
-    }
-    before, after = (sum(values) for values in zip(*means.values(), strict=True))
-    worst = max(means, key=lambda place: means[place][1])
-    says = f"Over all inputs the maps leave {after / before:.2f} of the error; most is left at {worst}, "
-    words = Words(
-        "Error of the activations, before and after the maps",
-        "mean squared error / mean square",
-        "of every input / layer",
-        f"{says}{means[worst][1]:.4f}.",
-    )
-    rows = [[place, f"{b:.5f}", f"{a:.5f}"] for place, (b, a) in means.items()]
-    charts = _chart(pairs(words, ("before", "after"), means), ("input / layer", "before", "after"), rows)
-    ratios = {p: [a / b if b else 1.0 for a, b in zip(e["after"], e["before"], strict=True)] for p, e in errors.items()}
-    if any(ratio != 1 for values in ratios.values() for ratio in values):
-        charts += _blocks(ratios)
-    return f'<div class="charts">{charts}</div>'
-
-
-def _blocks(ratios: Mapping[str, list[float]]) -> str:
-    kept = [ratio for values in ratios.values() for ratio in values]
-    says = f"From {min(kept):.2f} to {max(kept):.2f} of the error before; the rows are inputs, the columns blocks."
-    words = Words("The same in every block", "block", "error after, divided by error before", says)
-    rows = [[place, " ".join(f"{ratio:.2f}" for ratio in values)] for place, values in ratios.items()]
-    return _chart(heat(words, ratios), ("input / layer", "after / before, block by block"), rows)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
