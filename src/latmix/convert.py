@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from latmix.archs import Input
+from latmix.errors import LatmixError
 from latmix.eval.heldout import HeldOut, Measured
 from latmix.model import checkpoint
 from latmix.model.attach import plain_linear, seen_by_head
@@ -120,7 +121,10 @@ class Conversion:
         with stage("quantize"):
             checkpoint.round_kept(layer, self.arch.linears)
             inputs = quantize_layer_inputs(layer, self.arch, self.maps, index, task.activations)
-            found = quantize_layer(layer, self.arch, task.quantizer, task.weights, self._moment(index))
+            try:
+                found = quantize_layer(layer, self.arch, task.quantizer, task.weights, self._moment(index))
+            except LatmixError as error:
+                raise type(error)(f"{path}.{error}") from error
             if task.quantizer.needs_hessian:
                 self.taught.put(index + 1, forward(layer, self.arguments[index], self.taught.at(index)))
         with stage("measure"):

@@ -4,49 +4,39 @@ A stage is done when its result has its name in the workspace; a call that finds
 """
 
 import dataclasses
-import json
 import os
 import platform
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from latmix import recipes, targets
 from latmix.archs import Arch
 from latmix.assets import CALIBRATION
-from latmix.convert import Conversion, Task, fit_maps
+from latmix.convert import Conversion, Task
 from latmix.data import calibration_windows, read_text, windows
-from latmix.distill import Step, learn, ranks, tune
+from latmix.distill import ranks
 from latmix.errors import InputError
-from latmix.eval import Estimate, Scores, score, size_of
-from latmix.layerwise import learn_layers
+from latmix.eval import Estimate, score, size_of
 from latmix.model import checkpoint
-from latmix.model.attach import attach
-from latmix.model.fold import absorb_gains, folded_weights
 from latmix.model.inputs import quantize_inputs
 from latmix.model.layout import layout_of
 from latmix.model.load import Loaded, load, load_tokenizer
 from latmix.model.maps import Maps, build_maps, reports
 from latmix.model.parts import linears
 from latmix.model.source import open_source, pick_device
-from latmix.model.tensors import Tensors
-from latmix.numerics import Quantized, kernels, parse_format
+from latmix.numerics import kernels, parse_format
 from latmix.progress import Logged, Progress
 from latmix.recipe import Recipe, override
 from latmix.rundir import (
     LOG,
-    METRICS,
     RECIPE,
     SUMMARY,
     TRANSFORMS,
-    TUNING,
     digest,
     is_run,
     partial_of,
@@ -55,7 +45,8 @@ from latmix.rundir import (
 )
 from latmix.stages import Stages
 from latmix.weights import parse_quantizer
-from latmix.workspace import LEARN, TUNE, Workspace, workspace
+from latmix.whole import help_learning, learned, tuned
+from latmix.workspace import LEARN, Workspace, workspace
 
 LONGEST_WINDOW = 2048  # the field's window for perplexity, where the model can take it
 
@@ -122,7 +113,7 @@ def quantize(
     maps = _maps(source.arch, source.config, recipe)
     task = Task(source, maps, weights, activations, quantizer, taught, held_out)
     if helper:
-        _help(task, recipe, Workspace(partial_of(out)))
+        help_learning(task, recipe, Workspace(partial_of(out)))
         raise SystemExit(0)
     inputs = {"model": source.digest(), "calibration": corpus.digest, "device": pick_device().type, **_versions()}
     with workspace(out, recipe, inputs) as space:
@@ -152,7 +143,7 @@ def _convert(
     """The stages in order, each skipped where its result is there; returns what they found."""
     folder, maps = space.folder, task.maps
     with stages.stage("learn"):
-        before = _learned(task, recipe, space, progress, space.snapshot(LEARN))
+        before = learned(task, recipe, space, progress, space.snapshot(LEARN))
     stages.save()
     conditions = reports(maps)
     shards = folder if recipe.tuning is None else space.work
@@ -163,7 +154,7 @@ def _convert(
     scores = measured and measured.scores
     if recipe.tuning is not None:
         with stages.stage("tune"):
-            scores = _tuned(task, recipe, space, progress)
+            scores = tuned(task, recipe, space, progress)
     with stages.stage("save"):
         model = task.source.skeleton()
         checkpoint.describe(model, tokenizer, folder)
@@ -232,92 +223,12 @@ def _maps(arch: Arch, config: PreTrainedConfig, recipe: Recipe) -> Maps:
     return build_maps(arch, config, recipe.folded, recipe.online, block=block, seed=recipe.seed).to(pick_device())
 
 
-def _help(task: Task, recipe: Recipe, space: Workspace) -> None:
-    """Learn along with the process that makes the run, in a folder of one's own."""
-    if recipe.learning is not None and task.maps.learned() and not (space.folder / TRANSFORMS).exists():
-        with tempfile.TemporaryDirectory() as own:
-            _learned(task, recipe, Workspace(Path(own)), Progress(), space.snapshot(LEARN))
-
-
-def _learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress, snapshot: Path) -> float | None:
-    """Fit and learn the maps, in place; returns what they cost in float before, None where nothing learns."""
-    maps, file, noted = task.maps, space.folder / TRANSFORMS, space.work / "before.json"
-    if file.exists():
-        maps.restore(file)
-    else:
-        torch.manual_seed(recipe.seed)
-        fit_maps(task.source, maps, task.taught, space.work, progress)
-        if recipe.layerwise is not None or (recipe.learning is not None and maps.learned()):
-            with ranks.together():
-                _learn(task, recipe, space, progress, noted, snapshot)
-        maps.save(file)
-    return read_json(noted) if noted.exists() else None
-
-
-def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress, noted: Path, snapshot: Path) -> None:
-    """Learning couples all layers: the whole model is in memory, and gone afterwards."""
-    teacher = load(task.source.path).model
-    arch, maps = task.source.arch, task.maps
-    absorb_gains(teacher, arch)
-    taught_by = recipe.learning or recipe.layerwise
-    in_loop = task.weights if taught_by and taught_by.weights else None
-    attached = attach(checkpoint.share(teacher), arch, maps, task.activations, in_loop)
-    with attached.unquantized():
-        change = score(attached.model, task.held_out, teacher).kl
-    assert change is not None
-    write_json(noted, change.mean)
-    learn_layers(attached, teacher, task.taught, recipe, progress)
-    if recipe.learning is not None and maps.learned():
-        with _curve(space.folder / METRICS, "learn", recipe.learning.steps, progress) as record:
-            learn(attached, teacher, task.taught, task.held_out, recipe.learning, recipe.seed, record, snapshot)
-
-
-def _tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> Scores:
-    """Tune the quantized model of `work` as a whole, write it to the run's folder, and measure it."""
-    source, arch = task.source, task.source.arch
-    teacher = load(source.path).model
-    absorb_gains(teacher, arch)
-    if not (space.folder / checkpoint.HEAD).exists():
-        student, quantized = _quantized(task, space.work)
-        unrounded = folded_weights(teacher, arch, task.maps)
-        assert recipe.tuning is not None
-        with _curve(space.folder / TUNING, "tune", recipe.tuning.steps, progress) as record:
-            arguments = (teacher, task.taught, task.held_out, recipe.tuning, recipe.seed, record, space.snapshot(TUNE))
-            quantized = tune(student, arch, quantized, unrounded, *arguments)
-        checkpoint.save(student, arch, quantized, space.folder)
-    student, _ = _quantized(task, space.folder)
-    return score(student, task.held_out, teacher)
-
-
-def _quantized(task: Task, shards: Path) -> tuple[PreTrainedModel, dict[str, Quantized]]:
-    """The whole quantized model that stands in these files, its inputs rounded, and its codes."""
-    source, model = task.source, task.source.skeleton()
-    tensors = Tensors.of(sorted(shards.glob(checkpoint.EVERY)))
-    quantized = checkpoint.assemble(model, source.arch, tensors, task.weights)
-    quantize_inputs(model, source.arch, task.maps, task.activations)
-    return model, quantized
-
-
 def _quantized_weights(model: PreTrainedModel, arch: Arch) -> int:
     return sum(place.weight.numel() for place in linears(model, arch).values())
 
 
 def _entry(path: Path) -> dict[str, int | str]:
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
-
-
-@contextmanager
-def _curve(path: Path, stage: str, steps: int, progress: Progress) -> Iterator[Callable[[Step], None]]:
-    """Where a learning stage reports its steps: a line each in the file, and the progress."""
-    progress.stage(stage, steps)
-    with path.open("w", encoding="utf-8") as metrics:
-
-        def record(step: Step) -> None:
-            metrics.write(json.dumps(dataclasses.asdict(step)) + "\n")
-            if step.step:
-                progress.advance("" if step.held_out is None else f"held-out KL {step.held_out:.4f}")
-
-        yield record
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ input.
 A process of its own makes peak memory a figure of this recipe alone, and lets a cell die (out of memory, say) without
 the others. Standard input stays open as long as whoever started the cell lives: its end is how an orphan learns that it
 is one. A lock on the cell's folder, which the system drops with the process, keeps two processes from computing one
-cell; whoever holds it may clear away what a killed predecessor left.
+cell; whoever holds it goes on with the run that a killed predecessor left.
 """
 
 import dataclasses
