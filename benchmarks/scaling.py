@@ -116,6 +116,7 @@ def child(model: Path, out: Path) -> None:
         "seconds": seconds,
         "reading": reading,
         "stages": {name: stage["seconds"] for name, stage in stages.items()},
+        "peaks": {name: stage["peak_bytes"] for name, stage in stages.items()},
     }
     print("RESULT " + json.dumps(found))
 

@@ -8,7 +8,7 @@ Given up: layers whose keyword arguments depend on the data.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from latmix.archs import Arch, Input
 from latmix.errors import LatmixError
 from latmix.model.parts import layers, linear
+from latmix.model.tensors import PIECE
 from latmix.numerics import BlockFormat, Quantized, choose_tensor_scale, decode
 from latmix.weights import MoreDamping, WeightQuantizer
 
@@ -73,8 +74,18 @@ def quantize_layer(
                     found.damping[name] = warning.message.damping
             if dead:
                 found.dead[name] = dead
-            place.weight = nn.Parameter(decode(found.quantized[name]), requires_grad=False)
+            place.weight = nn.Parameter(decoded(found.quantized[name]), requires_grad=False)
     return found
+
+
+def decoded(quantized: Quantized) -> Float[Tensor, "out n"]:
+    """What `decode` gives, some rows at a time: its temporaries are as large as a piece."""
+    codes, scales = quantized.codes, quantized.scales
+    whole, step = torch.empty(codes.shape, dtype=quantized.dtype, device=codes.device), max(1, PIECE // codes.shape[-1])
+    for at in range(0, len(codes), step):
+        some = slice(at, at + step)
+        whole[some] = decode(replace(quantized, codes=codes[some], scales=scales[some]))
+    return whole
 
 
 def shared_scale(weights: list[Tensor], format: BlockFormat) -> Float[Tensor, ""] | None:

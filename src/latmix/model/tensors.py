@@ -18,8 +18,8 @@ from latmix.errors import DamagedError
 from latmix.model.shards import Stored, read_header
 from latmix.rundir import written
 
-PIECE = 2**24
-"""Elements of a large matrix that are in work at a time: 128 MiB in float64."""
+PIECE = 2**22
+"""Elements of a large matrix that are in work at a time: 32 MiB in float64, of which some five live at once."""
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOATS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
