@@ -29,7 +29,7 @@ from latmix.model.fit import fit, fitted
 from latmix.model.fold import absorb, absorb_layer, fold_embedding, fold_head, fold_layer
 from latmix.model.inputs import quantize_layer_inputs
 from latmix.model.maps import Maps
-from latmix.model.parts import layers
+from latmix.model.parts import layers, linear
 from latmix.model.source import Source, empty
 from latmix.model.states import States, embedded
 from latmix.model.tensors import Rows, Tensors, metadata, write
@@ -130,6 +130,8 @@ class Conversion:
         with stage("measure"):
             self.held_out.quantized(layer, index)
             inputs.remove()
+        for name in found.quantized:
+            empty(linear(layer, name), "weight")  # its codes are what is written
         with stage("save"):
             notes = {"errors": errors, "damping": _at(path, found.damping), "dead_inputs": _at(path, found.dead)}
             words = {key: json.dumps(value) for key, value in notes.items() if value}

@@ -138,11 +138,12 @@ def skeleton(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def empty(module: nn.Module) -> None:
-    """Let go of every parameter; hooks and buffers stay."""
+def empty(module: nn.Module, *names: str) -> None:
+    """Let go of the parameters of these names, of all where none is named; hooks and buffers stay."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            setattr(owner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            if not names or name in names:
+                setattr(owner, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 def tie(model: PreTrainedModel, arch: Arch) -> None:
