@@ -2,7 +2,7 @@
 
 Folding, rounding and measuring hold one layer at a time, whatever the size of the model, and some tokens in it;
 learning and tuning hold all of it. Counts are exact where they can be (weights, Hessians, logits); how many vectors a
-forward keeps alive is a constant each, checked by runs of several sizes (tests/test_plan.py, docs/results/plan.md).
+forward keeps alive is a constant each, checked by runs of several sizes (benchmarks/plan.py).
 Time is an estimate from one timed matrix product: right in order of magnitude, for the machine as busy as it is now.
 Given up: the memory of a GPU, where other things stand.
 """
@@ -24,7 +24,7 @@ from latmix.recipe import Distillation, Recipe
 KEPT, FULL = 2, 4  # bytes: bfloat16 on disk, float32 at work
 WARM = 130 * 2**20  # tokenizer, text, kernels, first forward: measured on the demo model
 WIDTHS, FFN = 8, 3  # alive at once in a layer's forward, per token: vectors of hidden, of feed-forward width
-LEARN_WIDTHS, LEARN_FFN = 13, 6  # the same where they are kept for backward
+LEARN, TUNE = (13, 6), (20, 9)  # the same where they are kept for backward; weights that learn keep their inputs too
 SCORED, LEARNED = (
     6.5,
     8,
@@ -104,11 +104,12 @@ def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[float, float]
     """The same for a stage that holds the whole model: teacher, and what of the student is not the teacher's."""
     window = min(recipe.calibration.window, s.longest)
     batch = math.ceil(stage.batch / stage.accumulation) * window
-    per_token = s.layers * (LEARN_WIDTHS * s.hidden + LEARN_FFN * s.intermediate)
-    kept = 0 if stage.checkpointing else batch * per_token  # fused attention keeps no matrix of scores
+    learning = stage is recipe.learning
+    widths, ffn = LEARN if learning else TUNE
+    kept = 0 if stage.checkpointing else batch * s.layers * (widths * s.hidden + ffn * s.intermediate)
     answers = (recipe.calibration.windows + recipe.calibration.held_out) * window * s.hidden
-    moved = s.linears + (2 * s.table if recipe.folded else 0)
-    own = 3 * moved if stage is recipe.learning else _tuned(s, recipe)
+    # what is made of the linears and the head under the maps, of the embedding in the rows at hand
+    own = 3 * s.linears + (s.table if recipe.folded else 0) if learning else _tuned(s, recipe)
     values = s.linears + 2 * s.table + own + kept + answers + LEARNED * batch * s.vocabulary
     # teacher 2, student 6 a weight and token; rounding as much
     return FULL * values, 2 * 8 * (s.linears + s.table) * stage.steps * stage.batch * window
