@@ -79,28 +79,28 @@ def work(sizes: Sizes, recipe: Recipe) -> Work:
         if stage is not None:
             peak[name], seconds[name] = _whole(sizes, recipe, stage)
     base, rate = resident() + WARM, _flops()
-    return Work({k: base + int(v) for k, v in peak.items()}, {k: v / rate for k, v in seconds.items()})
+    return Work({k: base + v for k, v in peak.items()}, {k: v / rate for k, v in seconds.items()})
 
 
-def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, float], dict[str, float]]:
+def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes beyond what Python takes, and multiply-adds times two, of the stages that hold one layer."""
     window, calibrated = min(recipe.calibration.window, s.longest), recipe.quantizer.startswith("gptq")
     tokens, seen = recipe.calibration.windows * window, recipe.calibration.held_out * window
     batch = min(BATCH, recipe.calibration.windows) * window * FULL * (WIDTHS * s.hidden + FFN * s.intermediate)
-    layer = (FULL + 1) * s.linears / s.layers  # float32, and a byte for every code
+    layer = (FULL + 1) * s.linears // s.layers  # float32, and a byte for every code
     rounding = max(ROUNDED * FULL * s.largest, HESSIAN * s.widest**2 if calibrated else 0)
     scored = min(BATCH, recipe.calibration.held_out) * window  # tokens whose logits live at once
     piece, logits = min(s.table, PIECE), FULL * min(LOGITS, scored * s.vocabulary)
     peak = {
         "quantize": layer + batch + rounding,
-        "measure": batch + FULL * piece + 2 * KEPT * s.table + SCORED * logits,  # two heads, in mapped files
+        "measure": batch + FULL * piece + 2 * KEPT * s.table + int(SCORED * logits),  # two heads, in mapped files
     }
     hessians = s.linears * (2 * tokens + 3 * s.widest) if calibrated else 0
     forwards = 2 * s.linears * (3 * tokens * calibrated + 3 * seen)  # an input at a time comes to three whole ones
     return peak, {"quantize": hessians + forwards, "measure": 2 * 3 * s.table * seen}
 
 
-def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[float, float]:
+def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
     """The same for a stage that holds the whole model: teacher, and what of the student is not the teacher's."""
     window = min(recipe.calibration.window, s.longest)
     batch = math.ceil(stage.batch / stage.accumulation) * window
