@@ -46,6 +46,10 @@ def test_bad_texts_are_named(tokenizer, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(LatmixError, match="not UTF-8"):
         read_text(tmp_path / "binary")
+    with pytest.raises(LatmixError, match="cannot be read: embedded null"):
+        read_text("a\0b")
+    with pytest.raises(LatmixError, match="separator is empty"):
+        read_text(tmp_path / "binary", "")
     (tmp_path / "blank").write_text(" \n")
     with pytest.raises(LatmixError, match="is empty"):
         read_text(tmp_path / "blank")

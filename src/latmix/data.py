@@ -33,14 +33,16 @@ class Corpus:
 
 
 def read_text(path: Path | str, separator: str | None = None) -> Corpus:
-    """Raises: LatmixError: missing, unreadable, not UTF-8, or empty."""
+    """Raises: LatmixError: missing, unreadable, not UTF-8, or empty; an empty separator."""
     path = Path(path)
+    if separator == "":
+        raise InputError("The separator is empty; give what stands between documents, or none.")
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"The text '{path}' is not UTF-8 (byte {error.start}).") from error
-    except OSError as error:
-        raise InputError(f"The text '{path}' cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # ValueError: a path that no system has
+        raise InputError(f"The text '{path}' cannot be read: {getattr(error, 'strerror', error)}.") from error
     if not text.strip():
         raise InputError(f"The text '{path}' is empty.")
     return Corpus(text, str(path), separator)

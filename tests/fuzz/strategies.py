@@ -48,7 +48,7 @@ def edited_json(draw: st.DrawFn, seeds: Sequence[Any]) -> bytes:
 def _edited(draw: st.DrawFn, value: Any) -> Any:
     """Go down by random keys, and change what stands there."""
     if not isinstance(value, (dict, list)) or not value or draw(st.integers(0, 9)) == 0:
-        return draw(values)
+        return copy.deepcopy(draw(values))  # a later edit may change it
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = draw(st.sampled_from(keys))
     match draw(st.sampled_from(("down", "down", "down", "remove", "add"))):
@@ -57,9 +57,9 @@ def _edited(draw: st.DrawFn, value: Any) -> Any:
         case "remove":
             del value[key]
         case _ if isinstance(value, dict):
-            value[draw(st.sampled_from(keys) | st.text(max_size=6))] = draw(values)
+            value[draw(st.sampled_from(keys) | st.text(max_size=6))] = copy.deepcopy(draw(values))
         case _:
-            value.insert(key, draw(values))
+            value.insert(key, copy.deepcopy(draw(values)))
     return value
 
 

@@ -24,7 +24,7 @@ from latmix.export.folder import MANIFEST, VERSION, open_export
 from latmix.model.load import load_tokenizer
 from latmix.model.maps import build_transform
 from latmix.model.shards import INDEX, read_header, stored_tensors
-from latmix.model.source import read_arch
+from latmix.model.source import open_source
 from latmix.numerics import FORMATS, SCALE_RULES, parse_format
 from latmix.recipe import Calibration, from_json, override
 from latmix.recipes import RECIPES, find
@@ -32,6 +32,7 @@ from latmix.rundir import METRICS, RECIPE, SUMMARY
 from latmix.transforms import INITIALS, TRANSFORMS
 from latmix.weights import parse_quantizer
 from tests.fuzz.strategies import edited_bytes, edited_json, edited_text
+from tests.models import tiny
 
 JSON, TEXT, BYTES = edited_json, edited_text, edited_bytes
 TARGETS: dict[str, "Target"] = {}
@@ -147,10 +148,23 @@ def _index(data: bytes, folder: Path) -> None:
 CONFIGS = [transformers.AutoConfig.for_model(name, **arch.tiny).to_dict() for name, arch in ARCHS.items()]
 
 
-@target("model configs", JSON, CONFIGS)
+@cache
+def _weights(family: str) -> bytes:
+    """As a file would hold them, all zero."""
+    entries, at = {}, 0
+    for name, tensor in tiny(family).state_dict().items():
+        entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    header = json.dumps(entries).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(at)
+
+
+@target("model configs", JSON, CONFIGS, cost=10)
 def _config(data: bytes, folder: Path) -> object:
     (folder / "config.json").write_bytes(data)
-    return read_arch(folder)
+    family = next((name for name in ARCHS if b'"%s"' % name.encode() in data), "llama")
+    (folder / "model.safetensors").write_bytes(_weights(family))
+    return open_source(folder)
 
 
 @cache

@@ -11,7 +11,9 @@ import transformers
 
 from latmix.archs import Arch
 from latmix.errors import DamagedError
+from latmix.model.shards import is_bare
 from latmix.model.source import open_source, tie
+from latmix.rundir import read_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def load(path: Path | str) -> Loaded:
 
 
 def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
-    """Raises: LatmixError: no tokenizer that transformers can load."""
+    """Raises: LatmixError: no tokenizer that transformers can load, or one that lies outside the folder."""
+    _check_files(path / "tokenizer_config.json")
     bare = (path / "tokenizer.model").is_file() and not (path / "tokenizer_config.json").is_file()
     # Of a bare SentencePiece file AutoTokenizer makes a generic tokenizer, which drops the space before a first word.
     kind = transformers.LlamaTokenizer if bare else transformers.AutoTokenizer
@@ -49,3 +52,12 @@ def load_tokenizer(path: Path) -> transformers.PreTrainedTokenizerBase:
     except Exception as error:  # the parser, in Rust, raises nothing more special
         raise DamagedError(f"No tokenizer could be loaded from '{path}': {error}") from error
     return tokenizer
+
+
+def _check_files(file: Path) -> None:
+    """transformers opens what `fast_tokenizer_files` names, wherever that is."""
+    config = read_json(file) if file.is_file() else {}
+    names = config.get("fast_tokenizer_files") if isinstance(config, dict) else None
+    for name in names if isinstance(names, list) else []:
+        if not isinstance(name, str) or not is_bare(name):
+            raise DamagedError(f"'{file}' names {name!r:.80}, which is no file of the folder.")

@@ -109,6 +109,9 @@ def open_source(path: Path | str) -> Source:
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"The model '{path}' is quantized already; give the original.")
     source = Source(path, arch, config, Tensors(stored_tensors(path)))
+    last = f"{arch.layers}.{source.layers - 1}."
+    if not any(name.startswith(last) for name in source.tensors.stored):  # before as many layers are built
+        raise DamagedError(f"The checkpoint in '{path}' lacks the tensors of '{last[:-1]}', which its config promises.")
     wanted = {source.name(name): parameter for name, parameter in source.skeleton().named_parameters()}
     stored = source.tensors.stored
     if missing := sorted(wanted.keys() - stored.keys()):
@@ -124,16 +127,22 @@ def open_source(path: Path | str) -> Source:
 
 
 def skeleton(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model in evaluation mode, its parameters on the meta device; tables that are computed are there."""
-    with torch.device("meta"):
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-        )
-    for name, module in list(model.named_modules()):
-        if any(True for _ in module.buffers(recurse=False)):
-            model.set_submodule(name, type(module)(config=config).to(pick_device()))
-    if (path / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    """The model in evaluation mode, its parameters on the meta device; tables that are computed are there.
+
+    Raises: DamagedError: a config that makes no model.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            )
+        for name, module in list(model.named_modules()):
+            if any(True for _ in module.buffers(recurse=False)):
+                model.set_submodule(name, type(module)(config=config).to(pick_device()))
+        if (path / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a value that nobody checked before it was used; the library names no kind
+        raise DamagedError(f"'{path / 'config.json'}' makes no model: {error!r}.") from error
     model.eval().requires_grad_(False)
     return model
 
@@ -160,9 +169,11 @@ def pick_device() -> torch.device:
 def read_config(path: Path) -> PreTrainedConfig:
     """Raises: LatmixError: a config that transformers cannot make sense of."""
     try:
-        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"'{path / 'config.json'}' cannot be used: {error}") from error
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # as in `skeleton`
+        raise DamagedError(f"'{path / 'config.json'}' makes no model: {error!r}.") from error
     return config
 
 

@@ -43,7 +43,8 @@ class States:
             for start in range(0, self._windows, BATCH):
                 shape = (min(BATCH, self._windows - start), *self._each)
                 values = torch.empty(math.prod(shape))
-                file.readinto(values.numpy().data)
+                if file.readinto(values.numpy().data) != values.nbytes:
+                    raise DamagedError(f"'{self._file(index)}' is cut short; remove its folder and run again.")
                 yield values.view(shape).to(pick_device())
 
     def drop(self, index: int) -> None:
