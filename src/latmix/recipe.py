@@ -113,8 +113,9 @@ class Tuning(Distillation):
     Attributes:
         kept: parts in full precision that learn: "gains", "embedding", "head".
         biases: inputs of the architecture (qkv, o, gate_up, down) whose readers get a bias that learns.
-        codes: every code may move to a neighbour on the grid.
-        codes_lr: peak learning rate of a code's move; half a unit flips it.
+        codes: every code may move to a neighbour on the grid, every scale by a power of two (`latmix.model.latent`).
+        codes_lr: peak learning rate of what codes are rounded from, in units of the scale.
+        scales_lr: the same of the exponents that move scales; at a half, one moves.
     """
 
     steps: int = 300
