@@ -123,7 +123,7 @@ class Tuning(Distillation):
     kept: tuple[str, ...] = ("gains", "embedding", "head")
     biases: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     codes: bool = True
-    codes_lr: float = 7e-3
+    codes_lr: float = 3e-3
     scales_lr: float = 3e-3
 
     key: ClassVar[str] = "tuning"
