@@ -1,6 +1,7 @@
 """Block formats: what they are, how a block's scale is chosen, fake quantization, and codes."""
 
 from latmix.numerics.codes import Quantized, decode, encode, neighbours, pack, unpack
+from latmix.numerics.columns import round_columns
 from latmix.numerics.fakequant import fake_quant, fake_quant_with_scale_gradient, quantize_with_scales
 from latmix.numerics.formats import ELEMENTS, FORMATS, ROUNDINGS, SCALE_RULES, BlockFormat, Element, parse_format
 from latmix.numerics.rounding import round_to_element
@@ -26,6 +27,7 @@ __all__ = [
     "pack",
     "parse_format",
     "quantize_with_scales",
+    "round_columns",
     "round_to_element",
     "unpack",
 ]

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -131,7 +132,45 @@ static void gradient(const T* g, const T* x, const T* q, T* out, int64_t blocks,
     }
 }
 
+// GPTQ within a panel of columns: column c rounds wanted[c] + sum over j < c of feedback[c, j] * error[j], which makes
+// error[c]. Columns are contiguous, and rows know nothing of each other: a strip of them at a time, whose errors fit the
+// nearest cache. `wanted` becomes the rounded values. Scales may be any numbers.
+constexpr int STRIP = 64;
+
+static inline void strip(const float* weight, float* wanted, float* error, const float* feedback, const float* scales,
+                         int64_t columns, int64_t rows, int count, float* errors, const Format& f) {
+    for (int64_t c = 0; c < columns; c++) {
+        float target[STRIP];
+        for (int r = 0; r < count; r++) target[r] = wanted[c * rows + r];
+        for (int64_t j = 0; j < c; j++)
+            for (int r = 0; r < count; r++) target[r] += feedback[c * columns + j] * errors[j * STRIP + r];
+#pragma omp simd
+        for (int r = 0; r < count; r++) {
+            float scale = scales[c * rows + r], y = target[r] / scale;
+            float rounded = with_sign(nearest(y, f), y, f) * scale;
+            wanted[c * rows + r] = rounded;
+            error[c * rows + r] = errors[c * STRIP + r] = weight[c * rows + r] - rounded;
+        }
+    }
+}
+
 extern "C" {
+
+void latmix_columns(const float* weight, float* wanted, float* error, const float* feedback, const float* scales,
+                    int64_t columns, int64_t rows, const Format* f, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> errors(columns * STRIP);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r += STRIP) {
+            int64_t count = std::min<int64_t>(STRIP, rows - r);
+            if (count == STRIP)  // a constant, for which the compiler writes other loops
+                strip(weight + r, wanted + r, error + r, feedback, scales + r, columns, rows, STRIP, errors.data(), *f);
+            else
+                strip(weight + r, wanted + r, error + r, feedback, scales + r, columns, rows, count, errors.data(), *f);
+        }
+    }
+}
 
 void latmix_values(bool half, const void* x, void* out, int64_t blocks, const Format* f, int threads) {
     if (half) values((const bfloat16*)x, (bfloat16*)out, blocks, *f, threads);

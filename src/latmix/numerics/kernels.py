@@ -12,7 +12,7 @@ import functools
 import subprocess
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ SMALL = 1 << 12
 """Elements from which `blocks.cpp` is used: below, its compilation would outlast all it is asked for."""
 LARGE = 1 << 16
 """Elements from which a compiled reference is used: about where one pass over memory outlasts starting it."""
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 _used: set[str] = set()
 _failures: dict[str, str] = {}
@@ -47,20 +49,11 @@ def kernel(by_hand: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], 
             assert isinstance(format, BlockFormat)
             name, run = ("C++", by_hand) if native.covers(tensors, format) else ("torch.compile", recorded)
             least = SMALL if run is by_hand else LARGE
-            if tensors[0].numel() < least or name in _failures or torch.compiler.is_compiling():
+            if tensors[0].numel() < least:
                 return reference(*arguments)
-            blocks = [to_blocks(tensor.detach(), format.block) for tensor in tensors]
-            try:
-                out = run(*(tensor.contiguous() for tensor in blocks), format)
-            except (
-                OSError,
-                subprocess.CalledProcessError,
-                RuntimeError,
-            ) as error:  # RuntimeError: all of torch.compile's
-                _note_failure(name, error)
-                return reference(*arguments)
-            _used.add(name)
-            return from_blocks(out, tensors[0].shape[-1])
+            blocks = [to_blocks(tensor.detach(), format.block).contiguous() for tensor in tensors]
+            out = attempt(name, run, *blocks, format)
+            return reference(*arguments) if out is None else from_blocks(out, tensors[0].shape[-1])
 
         call.reference = reference  # type: ignore[attr-defined]
         return call
@@ -92,10 +85,19 @@ class _Recorded:
         return torch.compile(recorded, fullgraph=True)
 
 
-def _note_failure(name: str, error: Exception) -> None:
-    said = error.stderr if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
-    _failures[name] = said.strip().splitlines()[0]
-    warnings.warn(f"No kernels by {name}: {_failures[name]}", stacklevel=3)
+def attempt(name: str, run: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T | None:
+    """`run(*arguments)`, or None where kernels of that name do not work, which is said once."""
+    if name in _failures or torch.compiler.is_compiling():
+        return None
+    try:
+        out: T = run(*arguments, **keywords)
+    except (OSError, subprocess.CalledProcessError, RuntimeError) as error:  # RuntimeError: all of torch.compile's
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
+        _failures[name] = said.strip().splitlines()[0]
+        warnings.warn(f"No kernels by {name}: {_failures[name]}", stacklevel=3)
+        return None
+    _used.add(name)
+    return out
 
 
 def status() -> str:

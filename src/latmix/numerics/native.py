@@ -38,6 +38,11 @@ CARRIES: dict[str, Callable[[Element], float]] = {
 float32, and c has fewer bits."""
 
 
+def _no_rule(element: Element) -> float:
+    """For scales that are given: their rule plays no part."""
+    return torch.nan
+
+
 class Constants(ctypes.Structure):
     """`Format` of `blocks.cpp`."""
 
@@ -75,7 +80,7 @@ def constants(fmt: BlockFormat) -> Constants:
     return Constants(
         block=fmt.block,
         unit=2.0**-element.emax,
-        carry=CARRIES[fmt.scale](element),
+        carry=CARRIES.get(fmt.scale, _no_rule)(element),
         max=element.max,
         smallest_normal=element.smallest_normal,
         step=2.0**-element.mantissa_bits,
@@ -104,6 +109,17 @@ def _empty_like(x: Tensor) -> Tensor:
     if out.nbytes >= MAPPED:
         library().latmix_expect_writing(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
     return out
+
+
+def round_columns(
+    weight: Tensor, wanted: Tensor, feedback: Tensor, scales: Tensor, fmt: BlockFormat
+) -> tuple[Tensor, Tensor]:
+    values, error = wanted.clone(memory_format=torch.contiguous_format), torch.empty_like(wanted)
+    columns, rows = weight.shape
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, values, error, feedback, scales))
+    sizes = (ctypes.c_int64(columns), ctypes.c_int64(rows), ctypes.byref(constants(fmt)), torch.get_num_threads())
+    library().latmix_columns(*pointers, *sizes)
+    return values, error
 
 
 def _call(name: str, *tensors: Tensor, fmt: BlockFormat) -> None:

@@ -1,0 +1,47 @@
+"""Rounding with feedback: GPTQ within a panel of columns, where each waits for the errors of those before it."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from latmix.numerics import native
+from latmix.numerics.formats import BlockFormat
+from latmix.numerics.kernels import attempt
+from latmix.numerics.rounding import round_to_element
+
+
+@torch.no_grad()
+def round_columns(
+    weight: Float[Tensor, "columns out"],
+    wanted: Float[Tensor, "columns out"],
+    feedback: Float[Tensor, "columns columns"],
+    scales: Float[Tensor, "columns out"],
+    fmt: BlockFormat,
+) -> tuple[Float[Tensor, "columns out"], Float[Tensor, "columns out"]]:
+    """The rounded values of a panel, and their errors `weight` - values. A column of the weight is a row here.
+
+    Args:
+        wanted: the weight, plus the feedback of earlier panels.
+        feedback: [i, j], j < i: how the error of column j weighs in column i; the rest is not read.
+        scales: one for each number.
+
+    Cost: out·columns²/2 multiply-adds. Float32 on a CPU takes one kernel, which adds the errors up in another order.
+    """
+    tensors = (weight, wanted, feedback, scales)
+    if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
+        by_kernel = attempt("C++", native.round_columns, *(tensor.contiguous() for tensor in tensors), fmt)
+        if by_kernel is not None:
+            return by_kernel
+    return one_by_one(*tensors, fmt)
+
+
+def one_by_one(
+    weight: Tensor, wanted: Tensor, feedback: Tensor, scales: Tensor, fmt: BlockFormat
+) -> tuple[Tensor, Tensor]:
+    """The reference of `round_columns`."""
+    values, error = torch.empty_like(wanted), torch.empty_like(wanted)
+    for i in range(len(weight)):
+        target = torch.addmv(wanted[i], error[:i].t(), feedback[i, :i])
+        values[i] = round_to_element(target / scales[i], fmt.element, fmt.rounding) * scales[i]
+        torch.sub(weight[i], values[i], out=error[i])
+    return values, error
