@@ -3,10 +3,10 @@
     python benchmarks/gptq.py [--linears q_proj,down_proj]
 
 Both get the same float32 weight (normal), the same Hessian (of correlated inputs whose magnitudes span two decades),
-MXFP4 scales by the same rule (even), activation order and damping 0.01. llm-compressor's part is `quantize_weight` under
-scales that are given; ours chooses scales, rounds and encodes. The loss is that of `proxy_loss`, relative to rounding to
-nearest. The last column counts each multiply-add that GPTQ cannot do without, n³/3 + out·n²/2, at the pace of a float32
-matrix product on the same threads.
+MXFP4 scales by the same rule (even), activation order and damping 0.01. llm-compressor's part is `quantize_weight`
+under scales that are given; ours chooses scales, rounds and encodes. The loss is that of `proxy_loss`, relative to
+rounding to nearest. The last column counts each multiply-add that GPTQ cannot do without, n³/3 + out·n²/2, at the pace
+of a float32 matrix product on the same threads.
 """
 
 import argparse
@@ -44,8 +44,8 @@ def hessian_of(n: int) -> Tensor:
     """Mean of x xᵀ over 2n tokens, in float32 as calibration takes it."""
     generator = torch.Generator().manual_seed(n)
     gains = torch.logspace(-1, 1, n)[torch.randperm(n, generator=generator)]
-    mixing = torch.eye(n) + torch.randn(n, n, generator=generator) / n**0.5
-    x = torch.randn(2 * n, n, generator=generator).matmul(mixing * gains)
+    common = torch.randn(2 * n, 64, generator=generator).matmul(torch.randn(64, n, generator=generator) / 8)
+    x = torch.randn(2 * n, n, generator=generator).add_(common).mul_(gains)
     return x.T.matmul(x).div_(len(x))
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--linears", default=",".join(LINEARS))
     names = parser.parse_args().linears.split(",")
 
-    GPTQ()(torch.randn(64, 64), torch.eye(64), FORMAT)  # compiles
+    GPTQ()(torch.randn(512, 512), torch.eye(512), FORMAT)  # compiles
     pace, hessians = (
         multiply_adds_per_second(),
         {n: hessian_of(n) for n in sorted({LINEARS[name][1] for name in names})},

@@ -4,6 +4,7 @@ from latmix.numerics.codes import Quantized, decode, encode, neighbours, pack, u
 from latmix.numerics.columns import round_columns
 from latmix.numerics.fakequant import fake_quant, fake_quant_with_scale_gradient, quantize_with_scales
 from latmix.numerics.formats import ELEMENTS, FORMATS, ROUNDINGS, SCALE_RULES, BlockFormat, Element, parse_format
+from latmix.numerics.rotated import rotate_blocks, rotated_fake_quant
 from latmix.numerics.rounding import round_to_element
 from latmix.numerics.scales import choose_scales, choose_tensor_scale, decode_scales, encode_scales
 
@@ -27,6 +28,8 @@ __all__ = [
     "pack",
     "parse_format",
     "quantize_with_scales",
+    "rotate_blocks",
+    "rotated_fake_quant",
     "round_columns",
     "round_to_element",
     "unpack",

@@ -73,24 +73,20 @@ static inline float with_sign(float m, float y, const Format& f) {  // two's com
 
 constexpr int TILE = 16;
 
-template <class T, class Each>  // each(first element, scale, its reciprocal) of every block
-static inline void tiles(const T* x, int64_t blocks, const Format& f, int threads, Each each) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t first = 0; first < blocks; first += TILE) {
-        int count = std::min<int64_t>(TILE, blocks - first);
-        float amax[TILE] = {}, scales[TILE], inverses[TILE];
-        for (int b = 0; b < count; b++) amax[b] = as<float>(largest(x + (first + b) * f.block, f.block));
+template <class T, class Each>  // each(which, scale, its reciprocal) of up to TILE blocks
+static inline void tile(const T* x, int count, const Format& f, Each each) {
+    float amax[TILE] = {}, scales[TILE], inverses[TILE];
+    for (int b = 0; b < count; b++) amax[b] = as<float>(largest(x + b * f.block, f.block));
 #pragma omp simd
-        for (int b = 0; b < TILE; b++) scales[b] = scale(amax[b], f), inverses[b] = 1 / scales[b];
-        for (int b = 0; b < count; b++) each(first + b, scales[b], inverses[b]);
-    }
+    for (int b = 0; b < TILE; b++) scales[b] = scale(amax[b], f), inverses[b] = 1 / scales[b];
+    for (int b = 0; b < count; b++) each(b, scales[b], inverses[b]);
 }
 
-template <class T>
-static void values(const T* x, T* out, int64_t blocks, const Format& f, int threads) {
-    tiles(x, blocks, f, threads, [=, &f](int64_t b, float scale, float inverse) {
+template <class T, class U>
+static inline void quantize(const T* x, U* out, int count, const Format& f) {
+    tile(x, count, f, [=, &f](int b, float scale, float inverse) {
         const T* from = x + b * f.block;
-        T* to = out + b * f.block;
+        U* to = out + b * f.block;
 #pragma omp simd
         for (int64_t i = 0; i < f.block; i++) {
             float y = wide(from[i]) * inverse;
@@ -100,21 +96,58 @@ static void values(const T* x, T* out, int64_t blocks, const Format& f, int thre
 }
 
 template <class T>
-static void codes(const T* x, uint8_t* out, uint8_t* scale_bytes, int64_t blocks, const Format& f, int threads) {
-    tiles(x, blocks, f, threads, [=, &f](int64_t b, float scale, float inverse) {
-        const T* from = x + b * f.block;
-        uint8_t* to = out + b * f.block;
-        bool number = scale == scale;
-        scale_bytes[b] = number ? std::ilogb(scale) + 127 : 0xff;
-        if (!number) inverse = 0;
+static void values(const T* x, T* out, int64_t blocks, const Format& f, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < blocks; b += TILE)
+        quantize(x + b * f.block, out + b * f.block, std::min<int64_t>(TILE, blocks - b), f);
+}
+
+// Each block by the Hadamard matrix first. All its passes are the same: sums of neighbours to the first half, differences
+// to the second.
+template <class T>
+static void rotated_values(const T* x, T* out, int64_t blocks, const Format& f, int threads) {
+    const int64_t half = f.block / 2;
+    const float norm = 1 / std::sqrt(float(f.block));
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> tile(TILE * f.block), before(f.block);
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < blocks; b += TILE) {
+            int count = std::min<int64_t>(TILE, blocks - b);
+            for (int c = 0; c < count; c++) {
+                float *v = tile.data() + c * f.block, *u = before.data();
+                for (int64_t i = 0; i < f.block; i++) v[i] = wide(x[(b + c) * f.block + i]);
+                for (int64_t order = 1; order < f.block; order *= 2) {
+                    std::memcpy(u, v, f.block * sizeof(float));
 #pragma omp simd
-        for (int64_t i = 0; i < f.block; i++) {
-            float y = number ? wide(from[i]) * inverse : 0;
-            int32_t code = as<int32_t>(nearest(y, f) * f.code_unit) >> f.shift, negative = as<int32_t>(y) >> 31;
-            code = f.complement ? (code ^ negative) - negative : code | (negative & 1 << (f.bits - 1));
-            to[i] = code & ((1 << f.bits) - 1);
+                    for (int64_t i = 0; i < half; i++) v[i] = u[2 * i] + u[2 * i + 1], v[half + i] = u[2 * i] - u[2 * i + 1];
+                }
+                for (int64_t i = 0; i < f.block; i++) v[i] *= norm;
+            }
+            quantize(tile.data(), out + b * f.block, count, f);
         }
-    });
+    }
+}
+
+template <class T>
+static void codes(const T* x, uint8_t* out, uint8_t* scale_bytes, int64_t blocks, const Format& f, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < blocks; first += TILE) {
+        const T* start = x + first * f.block;
+        tile(start, std::min<int64_t>(TILE, blocks - first), f, [=, &f](int b, float scale, float inverse) {
+            const T* from = start + b * f.block;
+            uint8_t* to = out + (first + b) * f.block;
+            bool number = scale == scale;  // else codes are 0
+            scale_bytes[first + b] = number ? std::ilogb(scale) + 127 : 0xff;
+#pragma omp simd
+            for (int64_t i = 0; i < f.block; i++) {
+                float y = number ? wide(from[i]) * inverse : 0;
+                int32_t code = as<int32_t>(nearest(y, f) * f.code_unit) >> f.shift, negative = as<int32_t>(y) >> 31;
+                code = f.complement ? (code ^ negative) - negative : code | (negative & 1 << (f.bits - 1));
+                to[i] = code & ((1 << f.bits) - 1);
+            }
+        });
+    }
 }
 
 template <class T>
@@ -175,6 +208,11 @@ void latmix_columns(const float* weight, float* wanted, float* error, const floa
 void latmix_values(bool half, const void* x, void* out, int64_t blocks, const Format* f, int threads) {
     if (half) values((const bfloat16*)x, (bfloat16*)out, blocks, *f, threads);
     else values((const float*)x, (float*)out, blocks, *f, threads);
+}
+
+void latmix_rotated_values(bool half, const void* x, void* out, int64_t blocks, const Format* f, int threads) {
+    if (half) rotated_values((const bfloat16*)x, (bfloat16*)out, blocks, *f, threads);
+    else rotated_values((const float*)x, (float*)out, blocks, *f, threads);
 }
 
 void latmix_gradient(bool half, const void* g, const void* x, const void* q, void* out, int64_t blocks, const Format* f,

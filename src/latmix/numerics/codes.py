@@ -8,6 +8,7 @@ Given up: working on packed codes. A weight is encoded once; what runs in a loop
 """
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from latmix.errors import DamagedError, FailedError, InputError
+from latmix.numerics import native
 from latmix.numerics.fakequant import scaled_elements
 from latmix.numerics.formats import BlockFormat, Element, parse_format
+from latmix.numerics.kernels import attempt
 from latmix.numerics.scales import (
     choose_scales,
     choose_tensor_scale,
@@ -57,6 +60,10 @@ def encode(
         LatmixError: scales that the format cannot store, or NaN in a block whose scale was given as a number.
     """
     fmt = parse_format(fmt)
+    if scales is None and native.covers([x], fmt):
+        by_kernel = attempt("C++", native.codes, to_blocks(x, fmt.block).contiguous(), fmt)
+        if by_kernel is not None:
+            return Quantized(from_blocks(by_kernel[0], x.shape[-1]), by_kernel[1], None, fmt, x.dtype)
     if scales is None:
         tensor_scale = choose_tensor_scale(x, fmt) if tensor_scale is None else tensor_scale
         scales = choose_scales(x, fmt, tensor_scale=tensor_scale)
@@ -122,6 +129,9 @@ def pack(codes: UInt8[Tensor, "*batch n"], bits: int) -> UInt8[Tensor, "*batch b
     """
     if bits not in (4, 6, 8):
         raise InputError(f"Cannot pack codes of {bits} bits; known: 4, 6, 8.")
+    if bits == 4 and codes.shape[-1] % 2 == 0 and sys.byteorder == "little":
+        pairs = codes.contiguous().view(torch.int16)  # the first in the low byte
+        return (pairs | pairs >> 4).to(torch.uint8)  # which keeps the low byte
     return _regroup(codes, bits, 8)[..., : math.ceil(codes.shape[-1] * bits / 8)].contiguous()
 
 

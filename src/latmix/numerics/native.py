@@ -98,6 +98,19 @@ def quantized_values(x: Tensor, fmt: BlockFormat) -> Tensor:
     return out
 
 
+def rotated_values(x: Tensor, fmt: BlockFormat) -> Tensor:
+    out = _empty_like(x)
+    _call("latmix_rotated_values", x, out, fmt=fmt)
+    return out
+
+
+def codes(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Codes and scale bytes of whole blocks."""
+    out, scales = (torch.empty(shape, dtype=torch.uint8) for shape in (x.shape, x.shape[:-1]))
+    _call("latmix_codes", x, out, scales, fmt=fmt)
+    return out, scales
+
+
 def scale_gradient(gradient: Tensor, x: Tensor, quantized: Tensor, fmt: BlockFormat) -> Tensor:
     out = _empty_like(x)
     _call("latmix_gradient", gradient, x, quantized, out, fmt=fmt)
