@@ -26,9 +26,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from latmix.archs import ARCHS, Arch
 from latmix.errors import DamagedError
+from latmix.model.inputs import quantized_input
 from latmix.model.maps import build_transform
 from latmix.model.parts import layers, linear
-from latmix.numerics import BlockFormat, Quantized, decode, fake_quant, parse_format, unpack
+from latmix.numerics import BlockFormat, Quantized, decode, parse_format, unpack
 from latmix.transforms import Transform
 
 METHOD, PREFIX, VERSION = "latmix", "latmix_", 1
@@ -64,9 +65,7 @@ class PackedLinear(nn.Module):
         self.online = online
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch out"]:
-        if self.online is not None:
-            x = self.online(x)
-        x = x if self.activations is None else fake_quant(x, self.activations)
+        x = quantized_input(x, self.online, self.activations)
         return F.linear(x, self.decoded(x.dtype), self.bias)
 
     def decoded(self, dtype: torch.dtype) -> Float[Tensor, "out n"]:

@@ -4,8 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from latmix.numerics import BlockFormat, fake_quant, kernels, native, parse_format
+from latmix.errors import LatmixError
+from latmix.numerics import (
+    BlockFormat,
+    encode,
+    fake_quant,
+    kernels,
+    native,
+    pack,
+    parse_format,
+    rotate_blocks,
+    rotated_fake_quant,
+)
 from latmix.numerics.fakequant import quantized_values, scale_gradient
+from latmix.transforms.hadamard import Hadamard
 from tests.laws.test_numerics import MX, same, special
 
 BY_HAND = [fmt for fmt in MX if fmt.scale in native.CARRIES]
@@ -46,6 +58,38 @@ def test_the_kernel_by_hand_takes_any_block(block: int, dtype: torch.dtype) -> N
     assert same(quantized_values(x, fmt), reference(quantized_values, x, fmt))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", BY_HAND, ids=str)
+def test_codes_by_hand_are_the_reference_s(
+    fmt: BlockFormat, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = patterns(dtype)[: 1 << 16].view(-1, 1 << 9)[:, :172]
+    by_hand = encode(x, fmt)
+    monkeypatch.setattr(native, "covers", lambda *arguments: False)
+    expected = encode(x, fmt)
+    assert torch.equal(by_hand.codes, expected.codes) and torch.equal(by_hand.scales, expected.scales)
+    assert by_hand.dtype == dtype and torch.equal(pack(by_hand.codes, 8), by_hand.codes)
+    if fmt.element.bits == 4:
+        bits = torch.stack([by_hand.codes[:, ::2], by_hand.codes[:, 1::2]], -1).int() * torch.tensor([1, 16])
+        assert torch.equal(pack(by_hand.codes, 4), bits.sum(-1).to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text", ["mxfp4:scale=even", "mxint4:block=16,rounding=away", "mxfp8_e4m3:block=1"])
+def test_rotation_and_rounding_in_one_pass_have_the_bits_of_one_after_the_other(text: str, dtype: torch.dtype) -> None:
+    fmt = parse_format(text)
+    x = patterns(dtype).view(-1, 64)
+    assert same(rotated_fake_quant(x, fmt), fake_quant(rotate_blocks(x.float(), fmt.block), fmt).to(dtype))
+    with pytest.raises(LatmixError, match="No Hadamard matrix for each block"):
+        rotated_fake_quant(x[:, :40], parse_format("mxfp4"))
+
+
+@pytest.mark.parametrize("block", [1, 2, 32, 64])
+def test_rotating_blocks_is_the_hadamard_transform(block: int) -> None:
+    x = torch.randn(7, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(block))
+    torch.testing.assert_close(rotate_blocks(x, block), Hadamard(192, block)(x))
+
+
 @pytest.mark.parametrize(
     ("text", "dtype"),
     [
@@ -57,7 +101,7 @@ def test_the_kernel_by_hand_takes_any_block(block: int, dtype: torch.dtype) -> N
 def test_the_compiled_reference_is_bit_equal_to_the_plain_one(
     text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "covers", lambda tensors, fmt: False)
+    monkeypatch.setattr(native, "covers", lambda *arguments: False)
     fmt = parse_format(text)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 340, 172, generator=generator) * 2.0 ** torch.randint(
@@ -78,7 +122,7 @@ def test_the_gradient_kernels_differ_from_their_reference_by_the_order_of_a_sum(
     by_hand: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not by_hand:
-        monkeypatch.setattr(native, "covers", lambda tensors, fmt: False)
+        monkeypatch.setattr(native, "covers", lambda *arguments: False)
     fmt = parse_format("mxfp4:scale=even")
     x, g = torch.randn(2, 700, 172, generator=torch.Generator().manual_seed(2)).to(dtype)
     x[:, 3] = x[:, 5] = 2.5  # several of the largest magnitude: the first counts

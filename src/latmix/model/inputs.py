@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -15,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from latmix.archs import Arch, Input
 from latmix.model.maps import Maps
 from latmix.model.parts import layers
-from latmix.numerics import BlockFormat, fake_quant_with_scale_gradient
+from latmix.numerics import BlockFormat, fake_quant_with_scale_gradient, native, rotated_fake_quant
 from latmix.transforms import Transform
+from latmix.transforms.hadamard import Hadamard
 
 
 class InputQuantizer:
@@ -26,9 +28,27 @@ class InputQuantizer:
         self.format, self.online, self.active = format, online, True
 
     def __call__(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        if self.online is not None:
-            x = self.online(x)
-        return fake_quant_with_scale_gradient(x, self.format) if self.format is not None and self.active else x
+        return quantized_input(x, self.online, self.format if self.active else None)
+
+
+def quantized_input(
+    x: Float[Tensor, "*batch n"], online: Transform | None, format: BlockFormat | None
+) -> Float[Tensor, "*batch n"]:
+    """`x` through the online transform, then rounded.
+
+    Without a gradient and on a CPU, a block-Hadamard and the rounding take one pass. It adds up in its own order: where
+    that decides a tie, its value differs from the one that learning sees.
+    """
+    if format is not None and _in_one_pass(x, online, format):
+        return rotated_fake_quant(x, format)
+    if online is not None:
+        x = online(x)
+    return x if format is None else fake_quant_with_scale_gradient(x, format)
+
+
+def _in_one_pass(x: Tensor, online: Transform | None, format: BlockFormat) -> bool:
+    rotates = isinstance(online, Hadamard) and online.only_blocks_of(format.block)
+    return rotates and native.covers([x], format) and not torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)

@@ -73,18 +73,22 @@ static inline float with_sign(float m, float y, const Format& f) {  // two's com
 
 constexpr int TILE = 16;
 
-template <class T, class Each>  // each(which, scale, its reciprocal) of up to TILE blocks
-static inline void tile(const T* x, int count, const Format& f, Each each) {
+template <class T, class Each>  // each(which, scale, its reciprocal) of up to TILE blocks, under given scales or the rule's
+static inline void tile(const T* x, const float* given, int count, const Format& f, Each each) {
     float amax[TILE] = {}, scales[TILE], inverses[TILE];
-    for (int b = 0; b < count; b++) amax[b] = as<float>(largest(x + b * f.block, f.block));
+    if (given) std::copy(given, given + count, scales);
+    else {
+        for (int b = 0; b < count; b++) amax[b] = as<float>(largest(x + b * f.block, f.block));
 #pragma omp simd
-    for (int b = 0; b < TILE; b++) scales[b] = scale(amax[b], f), inverses[b] = 1 / scales[b];
+        for (int b = 0; b < TILE; b++) scales[b] = scale(amax[b], f);
+    }
+    for (int b = 0; b < count; b++) inverses[b] = 1 / scales[b];
     for (int b = 0; b < count; b++) each(b, scales[b], inverses[b]);
 }
 
 template <class T, class U>
 static inline void quantize(const T* x, U* out, int count, const Format& f) {
-    tile(x, count, f, [=, &f](int b, float scale, float inverse) {
+    tile(x, nullptr, count, f, [=, &f](int b, float scale, float inverse) {
         const T* from = x + b * f.block;
         U* to = out + b * f.block;
 #pragma omp simd
@@ -130,11 +134,13 @@ static void rotated_values(const T* x, T* out, int64_t blocks, const Format& f, 
 }
 
 template <class T>
-static void codes(const T* x, uint8_t* out, uint8_t* scale_bytes, int64_t blocks, const Format& f, int threads) {
+static void codes(const T* x, const float* given, uint8_t* out, uint8_t* scale_bytes, int64_t blocks, const Format& f,
+                  int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < blocks; first += TILE) {
         const T* start = x + first * f.block;
-        tile(start, std::min<int64_t>(TILE, blocks - first), f, [=, &f](int b, float scale, float inverse) {
+        const float* scales = given ? given + first : nullptr;
+        tile(start, scales, std::min<int64_t>(TILE, blocks - first), f, [=, &f](int b, float scale, float inverse) {
             const T* from = start + b * f.block;
             uint8_t* to = out + (first + b) * f.block;
             bool number = scale == scale;  // else codes are 0
@@ -223,10 +229,10 @@ void latmix_gradient(bool half, const void* g, const void* x, const void* q, voi
     else gradient((F)g, (F)x, (F)q, (float*)out, blocks, *f, threads);
 }
 
-void latmix_codes(bool half, const void* x, uint8_t* out, uint8_t* scale_bytes, int64_t blocks, const Format* f,
-                  int threads) {
-    if (half) codes((const bfloat16*)x, out, scale_bytes, blocks, *f, threads);
-    else codes((const float*)x, out, scale_bytes, blocks, *f, threads);
+void latmix_codes(bool half, const void* x, const float* given, uint8_t* out, uint8_t* scale_bytes, int64_t blocks,
+                  const Format* f, int threads) {
+    if (half) codes((const bfloat16*)x, given, out, scale_bytes, blocks, *f, threads);
+    else codes((const float*)x, given, out, scale_bytes, blocks, *f, threads);
 }
 
 // Memory fresh from the system comes in pages of 4 KiB, each at the price of an interrupt; whoever writes all of it does

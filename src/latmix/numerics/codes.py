@@ -60,21 +60,31 @@ def encode(
         LatmixError: scales that the format cannot store, or NaN in a block whose scale was given as a number.
     """
     fmt = parse_format(fmt)
-    if scales is None and native.covers([x], fmt):
-        by_kernel = attempt("C++", native.codes, to_blocks(x, fmt.block).contiguous(), fmt)
-        if by_kernel is not None:
-            return Quantized(from_blocks(by_kernel[0], x.shape[-1]), by_kernel[1], None, fmt, x.dtype)
     if scales is None:
+        coded = _by_kernel(x, fmt, None)
+        if coded is not None:
+            return Quantized(*coded, None, fmt, x.dtype)
         tensor_scale = choose_tensor_scale(x, fmt) if tensor_scale is None else tensor_scale
         scales = choose_scales(x, fmt, tensor_scale=tensor_scale)
     elif tensor_scale is None and fmt.scale_element != "e8m0":
         raise InputError(f"{fmt} with given scales needs the tensor_scale that they were chosen under.")
     scale_codes = encode_scales(scales, fmt, tensor_scale)
+    coded = _by_kernel(x, fmt, scales) if x.sum().isfinite() else None  # NaN is refused below
+    if coded is not None:
+        return Quantized(coded[0], scale_codes, tensor_scale, fmt, x.dtype)
     elements = scaled_elements(x, scales, fmt)
     if torch.any(elements.amax(-1).isnan() & ~scales.isnan()):
         raise FailedError(f"NaN in a block of {fmt} whose scale was given as a number; a NaN scale marks such a block.")
     codes = from_blocks(_element_codes(elements.nan_to_num_(nan=0.0), fmt.element), x.shape[-1])
     return Quantized(codes, scale_codes, tensor_scale, fmt, x.dtype)
+
+
+def _by_kernel(x: Tensor, fmt: BlockFormat, scales: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Codes and scale bytes, under given scales or the format's own, where a kernel makes them."""
+    if not native.covers([x], fmt, scales is not None):
+        return None
+    coded = attempt("C++", native.codes, to_blocks(x, fmt.block).contiguous(), scales, fmt)
+    return coded and (from_blocks(coded[0], x.shape[-1]), coded[1])
 
 
 def _element_codes(elements: Tensor, element: Element) -> Tensor:
@@ -129,7 +139,7 @@ def pack(codes: UInt8[Tensor, "*batch n"], bits: int) -> UInt8[Tensor, "*batch b
     """
     if bits not in (4, 6, 8):
         raise InputError(f"Cannot pack codes of {bits} bits; known: 4, 6, 8.")
-    if bits == 4 and codes.shape[-1] % 2 == 0 and sys.byteorder == "little":
+    if bits == 4 and codes.numel() and codes.shape[-1] % 2 == 0 and sys.byteorder == "little":
         pairs = codes.contiguous().view(torch.int16)  # the first in the low byte
         return (pairs | pairs >> 4).to(torch.uint8)  # which keeps the low byte
     return _regroup(codes, bits, 8)[..., : math.ceil(codes.shape[-1] * bits / 8)].contiguous()

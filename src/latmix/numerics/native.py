@@ -54,10 +54,11 @@ class Constants(ctypes.Structure):
     ]
 
 
-def covers(tensors: Sequence[Tensor], fmt: BlockFormat) -> bool:
+def covers(tensors: Sequence[Tensor], fmt: BlockFormat, scales_given: bool = False) -> bool:
     """Whether `blocks.cpp` computes a function of these tensors; they are of one shape."""
     dtypes = {tensor.dtype for tensor in tensors if tensor.device.type == "cpu"}
-    return fmt.scale in CARRIES and (dtypes == {torch.float32} or dtypes == {torch.bfloat16})
+    known = fmt.scale_element == "e8m0" if scales_given else fmt.scale in CARRIES
+    return known and (dtypes == {torch.float32} or dtypes == {torch.bfloat16})
 
 
 @functools.cache
@@ -104,11 +105,12 @@ def rotated_values(x: Tensor, fmt: BlockFormat) -> Tensor:
     return out
 
 
-def codes(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
-    """Codes and scale bytes of whole blocks."""
-    out, scales = (torch.empty(shape, dtype=torch.uint8) for shape in (x.shape, x.shape[:-1]))
-    _call("latmix_codes", x, out, scales, fmt=fmt)
-    return out, scales
+def codes(x: Tensor, scales: Tensor | None, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
+    """Codes and scale bytes of whole blocks, under given scales (powers of two or NaN) or the format's rule."""
+    out, scale_bytes = (torch.empty(shape, dtype=torch.uint8) for shape in (x.shape, x.shape[:-1]))
+    given = None if scales is None else scales.float().contiguous()
+    _call("latmix_codes", x, given, out, scale_bytes, fmt=fmt)
+    return out, scale_bytes
 
 
 def scale_gradient(gradient: Tensor, x: Tensor, quantized: Tensor, fmt: BlockFormat) -> Tensor:
@@ -135,9 +137,9 @@ def round_columns(
     return values, error
 
 
-def _call(name: str, *tensors: Tensor, fmt: BlockFormat) -> None:
+def _call(name: str, first: Tensor, *others: Tensor | None, fmt: BlockFormat) -> None:
     """The first tensor, whole blocks, decides about dtype and number of blocks."""
-    first, pointers = tensors[0], [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (first, *others)]
     half, blocks = first.dtype == torch.bfloat16, ctypes.c_int64(first.numel() // fmt.block)
     threads = min(torch.get_num_threads(), 1 + first.numel() // GRAIN)
     getattr(library(), name)(ctypes.c_bool(half), *pointers, blocks, ctypes.byref(constants(fmt)), threads)

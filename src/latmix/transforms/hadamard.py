@@ -49,6 +49,10 @@ class Hadamard(Transform):
         self.register_buffer("core", sylvester(min(max(n for n, _ in self.segments), RADIX)), persistent=False)
         self.register_buffer("signs", None if signs_seed is None else random_signs(size, signs_seed))
 
+    def only_blocks_of(self, order: int) -> bool:
+        """Whether it is one matrix of that order, over and over, and nothing else."""
+        return self.signs is None and [n for n, _ in self.segments] == [order]
+
     def _linear(self, x: Tensor) -> Tensor:
         return self._blocks(self._flip(x))
 
