@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.numerics import native
 from latmix.numerics.fakequant import quantized_values
 from latmix.numerics.formats import BlockFormat
@@ -20,11 +20,11 @@ def rotated_fake_quant(x: Float[Tensor, "*batch n"], fmt: BlockFormat) -> Float[
     A bfloat16 `x` is rounded once, after all. Cost: one pass over memory where `native.covers` it.
 
     Raises:
-        LatmixError: blocks that are no power of two, or do not divide n; another dtype than `fake_quant` takes.
+        InputError: blocks that are no power of two, or do not divide n; another dtype than `fake_quant` takes.
     """
     wide = widen(x)
     if fmt.block & (fmt.block - 1) or x.shape[-1] % fmt.block:
-        raise LatmixError(f"No Hadamard matrix for each block of {fmt.block} among {x.shape[-1]} numbers.")
+        raise InputError(f"No Hadamard matrix for each block of {fmt.block} among {x.shape[-1]} numbers.")
     if native.covers([x], fmt):
         out = attempt("C++", native.rotated_values, x.contiguous(), fmt)
         if out is not None:
