@@ -77,7 +77,7 @@ class Evaluation:
 def quantize(
     model: Path | str,
     out: Path | str,
-    recipe: Recipe | str = "latmix-lu",
+    recipe: Recipe | str = recipes.DEFAULT,
     calibration: Path | str | None = None,
     seed: int | None = None,
     settings: Mapping[str, str] | None = None,
