@@ -1,5 +1,6 @@
 """The pass over the layers: one in memory, checked before it is written, the same whatever the machine does beside."""
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import latmix
 from latmix.archs import ARCHS
 from latmix.convert import Conversion, Task
 from latmix.errors import FailedError, InputError
-from latmix.model import calibrate, fold, maps, states
+from latmix.model import calibrate, fold_linear, maps, states
 from latmix.model.calibrate import quantize_layer
 from latmix.model.fold import absorb_layer
 from latmix.model.maps import build_maps, reports
@@ -22,6 +23,8 @@ from latmix.model.source import open_source
 from latmix.numerics import parse_format
 from latmix.progress import Progress
 from latmix.stages import Stages
+from latmix.transforms import Transform
+from latmix.transforms.hadamard import Hadamard
 from latmix.weights import MoreDamping, parse_quantizer
 from tests.models import perturb, tiny
 from tests.test_pipeline import save_tiny, settings, shards
@@ -80,18 +83,24 @@ def test_without_calibration_and_measurement_no_activation_is_computed(
 def test_a_wrong_fold_is_found_before_anything_is_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = fold.moved
+    right = fold_linear.moved
 
     def wrong(weight: torch.Tensor, *rest: object, **options: object) -> object:
         moved, bias = right(weight, *rest, **options)
         moved[1, 3] += 1e-4 * moved.abs().max()
         return moved, bias
 
-    monkeypatch.setattr(fold, "moved", wrong)
+    monkeypatch.setattr(fold_linear, "moved", wrong)
     absent = tmp_path / "run"
     with pytest.raises(FailedError, match=r"Layer 0, self_attn.v_proj: folding misses by \d\.\de-0\d of the output"):
         quantize(model, absent, **{"folded.residual": "none"})
     assert not absent.with_name("run.partial").exists()
+
+
+def folded(place: torch.nn.Linear, source: Transform | None, target: Transform | None) -> torch.nn.Linear:
+    moved = copy.deepcopy(place)
+    fold_linear.fold_linear(moved, source, target, shifts=0)
+    return moved
 
 
 @pytest.mark.parametrize("shift", ["none", "full", "layers"])
@@ -105,23 +114,28 @@ def test_folding_agrees_far_below_its_bound(shift: str) -> None:
     with torch.no_grad():
         next(p for n, p in map.named_parameters() if "log" in n)[0] += 9.2
     assert map.condition() > 1e4
-    tight = fold.AGREEMENT / 2
+    tight = fold_linear.AGREEMENT / 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fold, "AGREEMENT", tight)
-        fold.folded(place, None, map, shifts=0)
-        fold.folded(place, map, None, shifts=0)
+        patch.setattr(fold_linear, "AGREEMENT", tight)
+        folded(place, None, map)
+        folded(place, map, None)
 
 
 def test_pieces_do_not_change_what_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     place = tiny("llama").model.layers[0].mlp.up_proj
-    map = build_maps(LLAMA, tiny("llama").config, {"residual": "lu:shift=full"}, {}, block=32, seed=0).double()
+    places = ({"residual": "lu:shift=full"}, {"o": "lu"})
+    map = build_maps(LLAMA, tiny("llama").config, *places, block=32, seed=0).double()
     perturb(map, 0.3)
     source = map.folded("residual", 0)
-    whole = fold.folded(place, source, None, shifts=0)
-    monkeypatch.setattr(fold, "PIECE", 1000)
-    pieces = fold.folded(place, source, None, shifts=0)
-    torch.testing.assert_close(pieces.weight, whole.weight, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(pieces.bias, whole.bias, rtol=1e-6, atol=1e-6)
+    whole, square = folded(place, source, None), torch.nn.Linear(64, 64)
+    online, dense = Hadamard(64, 32, signs_seed=1).double(), map.online("o", 0)
+    both = [folded(square, online, source), folded(square, dense, source)]
+    monkeypatch.setattr(fold_linear, "PIECE", 1000)
+    pieces = [folded(place, source, None), folded(square, online, source), folded(square, dense, source)]
+    for one, other in zip(pieces, [whole, *both], strict=True):
+        torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(one.bias, other.bias, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(whole.weight, place.weight)
 
 
 def test_a_map_next_to_singular_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,15 @@
 Each layer is read, its norm gains absorbed, folded, checked, its weights quantized to what the quantized layers before
 it produce, written, and forgotten; the held-out windows go along and are measured at the end. A layer is done when its
 file is there, and what enters the next one is on the disk before that: so a pass that was killed goes on with the layer
-it was at. Where nothing is calibrated and nothing measured, no activation is computed.
+it was at. Where nothing is calibrated and nothing measured, no activation is computed, and of a layer no more than a
+linear is there at a time.
 """
 
 import copy
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,23 @@ from latmix.archs import Input
 from latmix.errors import LatmixError
 from latmix.eval.heldout import HeldOut, Measured
 from latmix.model import checkpoint
-from latmix.model.attach import plain_linear, seen_by_head
-from latmix.model.calibrate import forward, layer_arguments, moment, quantize_layer
-from latmix.model.checkpoint import EMBEDDING, HEAD, KEPT, layer_file
-from latmix.model.fit import fit, fitted
-from latmix.model.fold import absorb, absorb_layer, fold_embedding, fold_head, fold_layer
+from latmix.model.calibrate import (
+    Calibrated,
+    forward,
+    layer_arguments,
+    moment,
+    quantize_layer,
+    quantize_readers,
+)
+from latmix.model.checkpoint import EMBEDDING, HEAD, layer_file
+from latmix.model.fold import absorb_layer, absorb_reader, fold_layer, fold_norms, fold_reader, reset_gains
 from latmix.model.inputs import quantize_layer_inputs
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear
 from latmix.model.source import Source, empty
 from latmix.model.states import States, embedded
-from latmix.model.tensors import Rows, Tensors, metadata, write
+from latmix.model.tables import write_embedding, write_head
+from latmix.model.tensors import Tensors, metadata
 from latmix.numerics import BlockFormat
 from latmix.progress import Progress
 from latmix.stages import Stages
@@ -75,19 +82,19 @@ class Conversion:
         with evaluated_once(self.maps.shared()), evaluated_once(self.wide.shared()):
             if not (self.shards / EMBEDDING).exists():
                 with self.stages.stage("fold"):
-                    self._embedding()
+                    write_embedding(self.source, self.wide, self.shards / EMBEDDING)
             left = [index for index in range(len(self.layers)) if not (self.shards / layer_file(index)).exists()]
             progress.stage("quantize", len(left))
             for index in left:
                 with evaluated_once(self.maps.of_layer(index)), evaluated_once(self.wide.of_layer(index)):
-                    self._layer(index)
+                    self._layer(index) if self._computes else self._linears(index)
                 self.held_out.drop(index)
                 self.taught.drop(index)
                 self.stages.save()
                 progress.advance(f"layer {index}")
             if not (self.shards / HEAD).exists():
                 with self.stages.stage("fold"):
-                    self._head()
+                    write_head(self.source, self.wide, self.shards / HEAD)
 
     def measured(self) -> Measured | None:
         """None where there are no held-out windows."""
@@ -102,6 +109,11 @@ class Conversion:
                 found |= json.loads(words.get(key, "{}"))
         return every
 
+    @property
+    def _computes(self) -> bool:
+        """Whether activations are needed."""
+        return self.task.quantizer.needs_hessian or len(self.task.held_out) > 0
+
     def _layer(self, index: int) -> None:
         task, layer, path, stage = self.task, self.layers[index], f"{self.arch.layers}.{index}", self.stages.stage
         if index == 0:
@@ -112,8 +124,7 @@ class Conversion:
         with stage("measure"):
             errors = self.held_out.original(layer, index, task.activations)
         with stage("fold"):
-            heads, last = self.source.config.num_key_value_heads, index == len(self.layers) - 1
-            fold_layer(layer, self.arch, self.wide, index, heads=heads, last=last)
+            fold_layer(layer, self.arch, self.wide, index, **self._place(index))
         with stage("measure"):
             inputs = quantize_layer_inputs(layer, self.arch, self.maps, index, None)
             self.held_out.folded(layer, index)
@@ -121,10 +132,8 @@ class Conversion:
         with stage("quantize"):
             checkpoint.round_kept(layer, self.arch.linears)
             inputs = quantize_layer_inputs(layer, self.arch, self.maps, index, task.activations)
-            try:
+            with _named(path):
                 found = quantize_layer(layer, self.arch, task.quantizer, task.weights, self._moment(index))
-            except LatmixError as error:
-                raise type(error)(f"{path}.{error}") from error
             if task.quantizer.needs_hessian:
                 self.taught.put(index + 1, forward(layer, self.arguments[index], self.taught.at(index)))
         with stage("measure"):
@@ -135,8 +144,45 @@ class Conversion:
         with stage("save"):
             notes = {"errors": errors, "damping": _at(path, found.damping), "dead_inputs": _at(path, found.dead)}
             words = {key: json.dumps(value) for key, value in notes.items() if value}
-            checkpoint.write_layer(self.shards / layer_file(index), path, layer, found.quantized, words)
+            stored = checkpoint.packed(found.quantized)
+            checkpoint.write_layer(self.shards / layer_file(index), path, layer, stored, words)
         empty(layer)
+
+    def _linears(self, index: int) -> None:
+        """A layer that computes nothing, one linear in memory, or those that share a tensor scale."""
+        task, layer, path, stage = self.task, self.layers[index], f"{self.arch.layers}.{index}", self.stages.stage
+        stored: dict[str, Tensor] = {}
+        with stage("load"):
+            self.source.fill(layer, path, left_out=self.arch.linears)
+        for spot, names in self._together():
+            with stage("load"):
+                for name in names:
+                    self.source.fill(linear(layer, name), f"{path}.{name}")
+                    absorb_reader(layer, spot, name)
+            with stage("fold"):
+                for name in names:
+                    fold_reader(layer, self.arch, self.wide, index, name, **self._place(index))
+            found = Calibrated({}, {}, {})
+            with stage("quantize"), _named(path):
+                quantize_readers(layer, names, task.quantizer, task.weights, None, found)
+            for name in names:
+                empty(linear(layer, name), "weight")
+            with stage("save"):
+                stored |= checkpoint.packed(found.quantized)
+        with stage("fold"):
+            reset_gains(layer, self.arch)
+            fold_norms(layer, self.arch, self.wide, index)
+        with stage("save"):
+            checkpoint.write_layer(self.shards / layer_file(index), path, layer, stored, {})
+        empty(layer)
+
+    def _together(self) -> Iterator[tuple[Input, tuple[str, ...]]]:
+        for spot in self.arch.inputs:
+            apart = self.task.weights.scale_element == "e8m0"
+            yield from ((spot, names) for names in ([(name,) for name in spot.readers] if apart else [spot.readers]))
+
+    def _place(self, index: int) -> dict[str, Any]:
+        return {"heads": self.source.config.num_key_value_heads, "last": index == len(self.layers) - 1}
 
     def _begin(self) -> None:
         """What enters the first layer."""
@@ -151,58 +197,15 @@ class Conversion:
             return None
         return lambda spot: moment(self.layers[index], self.arguments[index], self.taught.at(index), spot)
 
-    def _embedding(self) -> None:
-        name, stream = f"{self.arch.embedding}.weight", self.wide.stream(self.arch)
-        pieces = self.source.pieces(name)
-        moved = pieces if stream is None else (fold_embedding(piece, stream) for piece in pieces)
-        shape = self.source.tensors.stored[name].shape
-        write(self.shards / EMBEDDING, {name: Rows(shape, KEPT, (piece.to(KEPT) for piece in moved))}, {})
 
-    def _head(self) -> None:
-        """Final norm and head; the norm's gain is in the head, whose bias the stream's shift makes."""
-        norm, head = f"{self.arch.final_norm}.weight", f"{self.arch.head}.weight"
-        gain, stream = self.source.tensor(norm), self.wide.stream(self.arch)
-        biases: list[Tensor] = []
-
-        def pieces() -> Iterator[Tensor]:
-            for piece in self.source.pieces(head):
-                absorb(gain, piece)
-                rows = plain_linear(piece, None) if stream is None else fold_head(plain_linear(piece, None), stream)
-                if rows.bias is not None:
-                    biases.append(rows.bias.to(KEPT))
-                yield rows.weight.to(KEPT)
-
-        shape = self.source.tensors.stored[self.source.name(head)].shape
-        tensors: dict[str, Tensor | Rows] = {norm: torch.ones_like(gain, dtype=KEPT), head: Rows(shape, KEPT, pieces())}
-        if stream is not None and seen_by_head(stream).shift is not None:
-            tensors[f"{self.arch.head}.bias"] = Rows(shape[:1], KEPT, biases)  # full once the head is written
-        write(self.shards / HEAD, tensors, {})
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """An error within is said to be of the layer at `path`."""
+    try:
+        yield
+    except LatmixError as error:
+        raise type(error)(f"{path}.{error}") from error
 
 
 def _at(path: str, by_linear: dict[str, Any]) -> dict[str, Any]:
     return {f"{path}.{name}": value for name, value in by_linear.items()}
-
-
-@torch.no_grad()
-def fit_maps(source: Source, maps: Maps, taught: Int[Tensor, "learn window"], work: Path, progress: Progress) -> None:
-    """Fit every online map that is fitted, in place: a pass over the layers of the unquantized model, one in memory.
-
-    Cost: a (partial) forward of each layer for each input with such a map; nothing where there is none.
-    Raises: LatmixError: a folded map changes the basis that a fitted one reads, or a full disk.
-    """
-    if not any(fitted(maps, source.arch, index) for index in range(source.layers)):
-        return
-    model = source.skeleton()
-    arguments = layer_arguments(model, source.arch, taught.shape[1])
-    states = States(work, "fit", taught.shape, source.config.hidden_size)
-    states.put(0, embedded(source.tensors.tensor(f"{source.arch.embedding}.weight"), taught))
-    progress.stage("fit", source.layers)
-    for index, layer in enumerate(layers(model, source.arch)):
-        with source.filled(layer, f"{source.arch.layers}.{index}"):
-            absorb_layer(layer, source.arch)
-            seen = partial(moment, layer, arguments[index])
-            fit(maps, source.arch, index, layer, lambda spot: seen(states.at(index), spot))  # noqa: B023
-            states.put(index + 1, forward(layer, arguments[index], states.at(index)))
-        states.drop(index)
-        progress.advance(f"layer {index}")
-    states.drop(source.layers)

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from latmix.convert import Task, fit_maps
+from latmix.convert import Task
 from latmix.distill import Step, learn, ranks, tune
 from latmix.eval import Scores, score
 from latmix.layerwise import learn_layers
 from latmix.model import checkpoint
 from latmix.model.attach import attach
+from latmix.model.fit import fit_maps
 from latmix.model.fold import absorb_gains, folded_weights
 from latmix.model.inputs import quantize_inputs
 from latmix.model.load import load

@@ -50,7 +50,7 @@ def quantize_layer(
     format: BlockFormat,
     moment: Callable[[Input], Float[Tensor, "n n"]] | None,
 ) -> Calibrated:
-    """Replace the weight of every linear of a layer by its quantized values.
+    """Put the quantized values into the weight of every linear of a layer.
 
     moment: mean of x xᵀ at an input of the layer as it is now; None for quantizers that need none.
 
@@ -60,22 +60,38 @@ def quantize_layer(
     for spot in arch.inputs:
         hessian = None if moment is None else moment(spot)
         dead = 0 if hessian is None else int((hessian.diagonal() == 0).sum())
-        tensor_scale = shared_scale([linear(layer, name).weight for name in spot.readers], format)
+        quantize_readers(layer, spot.readers, quantizer, format, hessian, found)
         for name in spot.readers:
-            place = linear(layer, name)
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", MoreDamping)
-                    found.quantized[name] = quantizer(place.weight, hessian, format, tensor_scale)
-            except LatmixError as error:
-                raise type(error)(f"{name}: {error}") from error
-            for warning in caught:
-                if isinstance(warning.message, MoreDamping):
-                    found.damping[name] = warning.message.damping
             if dead:
                 found.dead[name] = dead
-            place.weight = nn.Parameter(decoded(found.quantized[name]), requires_grad=False)
+            linear(layer, name).weight = nn.Parameter(decoded(found.quantized[name]), requires_grad=False)
     return found
+
+
+def quantize_readers(
+    layer: nn.Module,
+    names: Iterable[str],
+    quantizer: WeightQuantizer,
+    format: BlockFormat,
+    hessian: Float[Tensor, "n n"] | None,
+    found: Calibrated,
+) -> None:
+    """Add codes and scales of linears that read one input to what was found; their weights stay as they are.
+
+    Raises: LatmixError: a weight quantizer failed; names the linear.
+    """
+    weights = {name: linear(layer, name).weight for name in names}
+    tensor_scale = shared_scale(list(weights.values()), format)
+    for name, weight in weights.items():
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", MoreDamping)
+                found.quantized[name] = quantizer(weight, hessian, format, tensor_scale)
+        except LatmixError as error:
+            raise type(error)(f"{name}: {error}") from error
+        for warning in caught:
+            if isinstance(warning.message, MoreDamping):
+                found.damping[name] = warning.message.damping
 
 
 def decoded(quantized: Quantized) -> Float[Tensor, "out n"]:

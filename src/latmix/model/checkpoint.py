@@ -54,27 +54,29 @@ def round_kept(module: nn.Module, quantized: Collection[str]) -> None:
             setattr(module.get_submodule(owner), attribute, rounded)
 
 
+def packed(quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
+    """What is stored of these linears, by name."""
+    found: dict[str, Tensor] = {}
+    for path, q in quantized.items():
+        parts = [pack(codes, q.format.element.bits) for codes in rows(q.codes)]
+        found |= {f"{path}.weight_packed": torch.cat(parts), f"{path}.weight_scale": q.scales}
+        if q.tensor_scale is not None:
+            found[f"{path}.weight_global_scale"] = q.tensor_scale
+    return found
+
+
 def write_layer(
-    file: Path, path: str, layer: nn.Module, quantized: Mapping[str, Quantized], notes: Mapping[str, str]
+    file: Path, path: str, layer: nn.Module, quantized: Mapping[str, Tensor], notes: Mapping[str, str]
 ) -> None:
     """Write a layer that stands at `path` in the model.
 
-    quantized: by paths in the layer. notes: words to keep with the file.
+    quantized: what `packed` makes of its linears, by names in the layer. notes: words to keep with the file.
 
     Raises: WriteError: the disk is full, say.
     """
-    found: dict[str, Tensor | Rows] = {}
-    for name, tensor in layer.state_dict().items():
-        owner, _, attribute = name.rpartition(".")
-        if attribute == "weight" and owner in quantized:
-            q = quantized[owner]
-            found[f"{path}.{name}_packed"] = pack(q.codes, q.format.element.bits)
-            found[f"{path}.{name}_scale"] = q.scales
-            if q.tensor_scale is not None:
-                found[f"{path}.{name}_global_scale"] = q.tensor_scale
-        else:
-            found[f"{path}.{name}"] = tensor.to(KEPT)
-    write(file, found, notes)
+    kept = {name: tensor for name, tensor in layer.state_dict().items() if f"{name}_packed" not in quantized}
+    found = {**quantized, **{name: tensor.to(KEPT) for name, tensor in kept.items()}}
+    write(file, {f"{path}.{name}": tensor for name, tensor in found.items()}, notes)
 
 
 def save(model: PreTrainedModel, arch: Arch, quantized: Mapping[str, Quantized], folder: Path) -> None:
@@ -82,7 +84,7 @@ def save(model: PreTrainedModel, arch: Arch, quantized: Mapping[str, Quantized],
     for index, layer in enumerate(layers(model, arch)):
         path = f"{arch.layers}.{index}."
         own = {name.removeprefix(path): q for name, q in quantized.items() if name.startswith(path)}
-        write_layer(folder / layer_file(index), path.removesuffix("."), layer, own, {})
+        write_layer(folder / layer_file(index), path.removesuffix("."), layer, packed(own), {})
     kept = {EMBEDDING: (arch.embedding,), HEAD: (arch.final_norm, arch.head)}
     for file, paths in kept.items():
         owners = {path: model.get_submodule(path) for path in paths}

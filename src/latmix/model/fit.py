@@ -4,15 +4,22 @@ Given up: moments of the model as it is when the layers before are quantized. Th
 """
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latmix.archs import Arch, Input
 from latmix.errors import InputError
+from latmix.model.calibrate import forward, layer_arguments, moment
+from latmix.model.fold import absorb_layer
 from latmix.model.maps import Maps
-from latmix.model.parts import linear
+from latmix.model.parts import layers, linear
+from latmix.model.source import Source
+from latmix.model.states import States, embedded
+from latmix.progress import Progress
 from latmix.transforms import Wush
 
 
@@ -43,3 +50,28 @@ def metric(layer: nn.Module, spot: Input) -> Float[Tensor, "n n"]:
     """Σ WᵀW over the readers: how much a unit error at this input costs in their outputs."""
     weights = torch.cat([linear(layer, name).weight for name in spot.readers])
     return weights.T @ weights
+
+
+@torch.no_grad()
+def fit_maps(source: Source, maps: Maps, taught: Int[Tensor, "learn window"], work: Path, progress: Progress) -> None:
+    """Fit every online map that is fitted, in place: a pass over the layers of the unquantized model, one in memory.
+
+    Cost: a (partial) forward of each layer for each input with such a map; nothing where there is none.
+    Raises: LatmixError: a folded map changes the basis that a fitted one reads, or a full disk.
+    """
+    if not any(fitted(maps, source.arch, index) for index in range(source.layers)):
+        return
+    model = source.skeleton()
+    arguments = layer_arguments(model, source.arch, taught.shape[1])
+    states = States(work, "fit", taught.shape, source.config.hidden_size)
+    states.put(0, embedded(source.tensors.tensor(f"{source.arch.embedding}.weight"), taught))
+    progress.stage("fit", source.layers)
+    for index, layer in enumerate(layers(model, source.arch)):
+        with source.filled(layer, f"{source.arch.layers}.{index}"):
+            absorb_layer(layer, source.arch)
+            seen = partial(moment, layer, arguments[index])
+            fit(maps, source.arch, index, layer, lambda spot: seen(states.at(index), spot))  # noqa: B023
+            states.put(index + 1, forward(layer, arguments[index], states.at(index)))
+        states.drop(index)
+        progress.advance(f"layer {index}")
+    states.drop(source.layers)

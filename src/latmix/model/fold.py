@@ -2,9 +2,7 @@
 
 Two steps, each function-preserving by itself where the maps are exact: `absorb_gains` moves every norm's gain into the
 linears that read it (and unties the head from the embedding, which from then on live in different bases); `fold` moves
-linears into their bases. Either is done a layer at a time, and large matrices a piece at a time, so that little stands
-in float64. Every folded linear is checked, in float64, against what it has to be: the old linear between the maps,
-which there act on vectors and not on weights.
+linears into their bases (`fold_linear`). Either can be done a layer or a linear at a time.
 """
 
 import copy
@@ -12,10 +10,9 @@ import copy
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from latmix.archs import Arch
+from latmix.archs import Arch, Input
 from latmix.errors import FailedError
 from latmix.model.attach import (
     Attached,
@@ -25,23 +22,16 @@ from latmix.model.attach import (
     MovedNorm,
     added_shifts,
     linear_maps,
-    moved,
-    plain_linear,
     seen_by_head,
 )
 from latmix.model.checkpoint import share
+from latmix.model.fold_linear import fold_linear
 from latmix.model.inputs import QuantizedInputs, quantize_inputs
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear, linears
-from latmix.model.tensors import PIECE, rows
+from latmix.model.tensors import rows
 from latmix.numerics import BlockFormat
 from latmix.transforms import Transform, evaluated_once
-
-AGREEMENT = 2.0**-20
-"""Largest relative error of a folded linear on random vectors. Casting to float32 makes 2⁻²⁵ on average, float64 with
-the worst condition number allowed (`maps.CONDITION`) 2⁻³³: a sixteenth of this at most."""
-
-PROBES = 8  # random vectors a folded linear is checked on
 
 
 @torch.no_grad()
@@ -60,11 +50,22 @@ def absorb_gains(model: PreTrainedModel, arch: Arch) -> None:
 def absorb_layer(layer: nn.Module, arch: Arch) -> None:
     """The same for one layer."""
     for spot in arch.inputs:
+        for reader in spot.readers:
+            absorb_reader(layer, spot, reader)
+    reset_gains(layer, arch)
+
+
+def absorb_reader(layer: nn.Module, spot: Input, reader: str) -> None:
+    """The same for one linear. The gain stays as it is, for the other readers."""
+    if spot.norm is not None:
+        absorb(_gain(layer, spot.norm), linear(layer, reader).weight)
+
+
+def reset_gains(layer: nn.Module, arch: Arch) -> None:
+    """What is left of the gains when every reader has absorbed its own."""
+    for spot in arch.inputs:
         if spot.norm is not None:
-            gain = _gain(layer, spot.norm)
-            for reader in spot.readers:
-                absorb(gain, linear(layer, reader).weight)
-            gain.fill_(1.0)
+            _gain(layer, spot.norm).fill_(1.0)
 
 
 def absorb(gain: Float[Tensor, " n"], weight: Float[Tensor, "out n"]) -> None:
@@ -81,22 +82,23 @@ def _gain(owner: nn.Module, norm: str) -> Tensor:
 
 @torch.no_grad()
 def fold(attached: Attached, activations: BlockFormat | None) -> QuantizedInputs:
-    """Make the attached linears, head and embedding plain, in place, and quantize their inputs anew.
+    """Make the attached linears, head and embedding plain and quantize their inputs anew, in place; tensors that are
+    shared with other models stay as they are.
 
     Cost: one pass over the weights in float64. Raises: FailedError: a folded linear is not what it has to be.
     """
     model, arch = attached.model, attached.arch
     wide = copy.deepcopy(attached.maps).double()
     _detach(attached)
-    every, heads = layers(model, arch), model.config.num_key_value_heads
+    _fold_layers(model, arch, wide)
     with evaluated_once(wide):
-        for index, layer in enumerate(every):
-            fold_layer(layer, arch, wide, index, heads=heads, last=index == len(every) - 1)
         if (stream := wide.stream(arch)) is not None:
             embedding = model.get_submodule(arch.embedding)
             table = torch.cat([fold_embedding(piece, stream) for piece in rows(embedding.weight)])  # type: ignore[arg-type]
             embedding.weight = nn.Parameter(table, requires_grad=False)
-            model.set_submodule(arch.head, fold_head(linear(model, arch.head), stream))
+            head = linear(model, arch.head)
+            head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+            fold_linear(head, seen_by_head(stream), None, shifts=0)
     return quantize_inputs(model, arch, attached.maps, activations)
 
 
@@ -109,6 +111,16 @@ def _detach(attached: Attached) -> None:
             attached.model.set_submodule(path, getattr(module, inner[type(module)]))
 
 
+def _fold_layers(model: PreTrainedModel, arch: Arch, wide: Maps) -> None:
+    every, heads = layers(model, arch), model.config.num_key_value_heads
+    with evaluated_once(wide):
+        for index, layer in enumerate(every):
+            for name in arch.linears:
+                place = linear(layer, name)
+                place.weight = nn.Parameter(place.weight.clone(), requires_grad=False)
+            fold_layer(layer, arch, wide, index, heads=heads, last=index == len(every) - 1)
+
+
 @torch.no_grad()
 def fold_layer(layer: nn.Module, arch: Arch, maps: Maps, index: int, *, heads: int, last: bool) -> None:
     """Move the linears and norms of a plain layer into their bases, in place.
@@ -116,28 +128,33 @@ def fold_layer(layer: nn.Module, arch: Arch, maps: Maps, index: int, *, heads: i
     maps: in float64. heads: KV heads. last: no layer follows.
     """
     for name in arch.linears:
-        source, target = linear_maps(arch, maps, layer, name, index, heads)
-        if source is not None or target is not None:
-            shifts = added_shifts(arch, name, target, last=last)
-            try:
-                layer.set_submodule(name, folded(linear(layer, name), source, target, shifts=shifts))
-            except FailedError as error:
-                raise FailedError(f"Layer {index}, {name}: {error}") from error
+        fold_reader(layer, arch, maps, index, name, heads=heads, last=last)
+    fold_norms(layer, arch, maps, index)
+
+
+def fold_reader(layer: nn.Module, arch: Arch, maps: Maps, index: int, name: str, *, heads: int, last: bool) -> None:
+    """The same for one linear."""
+    source, target = linear_maps(arch, maps, layer, name, index, heads)
+    if source is not None or target is not None:
+        try:
+            fold_linear(linear(layer, name), source, target, shifts=added_shifts(arch, name, target, last=last))
+        except FailedError as error:
+            raise FailedError(f"Layer {index}, {name}: {error}") from error
+
+
+def fold_norms(layer: nn.Module, arch: Arch, maps: Maps, index: int) -> None:
+    """The same for the gains that write a basis, once they are all one."""
     for site in arch.sites:
         if (norm := arch.norm(site)) is not None and (map := maps.folded(site.name, index)) is not None:
-            gain = _gain(layer, norm)
-            layer.get_submodule(norm).weight = nn.Parameter(
-                map.linear(gain.double()).to(gain.dtype), requires_grad=False
-            )
+            gain = _gain(layer, norm)  # perhaps another model's too
+            moved = map.linear(gain.double()).to(gain.dtype)
+            layer.get_submodule(norm).weight = nn.Parameter(moved, requires_grad=False)
 
 
 def folded_weights(model: PreTrainedModel, arch: Arch, maps: Maps) -> dict[str, Tensor]:
     """What the linears of a plain model, its gains absorbed, hold under the maps, by path; the model is left alone."""
-    folded, wide = share(model), copy.deepcopy(maps).double()
-    every, heads = layers(folded, arch), model.config.num_key_value_heads
-    with evaluated_once(wide):
-        for index, layer in enumerate(every):
-            fold_layer(layer, arch, wide, index, heads=heads, last=index == len(every) - 1)
+    folded = share(model)
+    _fold_layers(folded, arch, copy.deepcopy(maps).double())
     return {path: place.weight for path, place in linears(folded, arch).items()}
 
 
@@ -145,56 +162,3 @@ def fold_embedding(table: Float[Tensor, "tokens n"], stream: Transform) -> Float
     """Rows of the embedding in the stream's basis, shift included."""
     moved_table: Tensor = stream(table.double()).to(table.dtype)
     return moved_table
-
-
-def fold_head(head: nn.Linear, stream: Transform) -> nn.Linear:
-    """The head, or some rows of it, as it reads the stream."""
-    return folded(head, seen_by_head(stream), None, shifts=0)
-
-
-def folded(old: nn.Linear, source: Transform | None, target: Transform | None, *, shifts: int) -> nn.Linear:
-    """The linear between two bases, as `attach.moved` has it, checked.
-
-    Raises: FailedError: it is not what it has to be.
-    """
-    new = _in_pieces(old, source, target, shifts)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(PROBES, old.in_features, generator=generator, dtype=torch.float64).to(old.weight.device)
-    wanted = _wide(old, x if source is None else source.inverse(x))
-    if target is not None:
-        wanted = target.linear(wanted) + (0.0 if target.shift is None else shifts * target.shift)
-    error = (_wide(new, x) - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    if not error <= AGREEMENT:  # NaN fails too
-        raise FailedError(f"folding misses by {float(error):.1e} of the output, more than {AGREEMENT:.1e}.")
-    return new
-
-
-def _in_pieces(old: nn.Linear, source: Transform | None, target: Transform | None, shifts: int) -> nn.Linear:
-    """Rows do not depend on one another under the source map, columns under the target map."""
-    dtype, weight = old.weight.dtype, old.weight
-    bias: Tensor | None = None if old.bias is None else old.bias.double()
-    if source is not None:
-        step = max(1, PIECE // weight.shape[1])
-        moved_rows = torch.empty_like(weight, dtype=dtype if target is None else torch.float64)
-        biases = list[Tensor]()
-        for at in range(0, len(weight), step):
-            some = slice(at, at + step)
-            part, shift = moved(weight[some].double(), None if bias is None else bias[some], source, None, shifts=0)
-            moved_rows[some] = part
-            biases += [] if shift is None else [shift]
-        weight, bias = moved_rows, torch.cat(biases) if biases else None
-    if target is not None:
-        step = max(1, PIECE // len(weight))
-        moved_columns = torch.empty_like(weight, dtype=dtype)
-        moved_bias: Tensor | None = None
-        for at in range(0, weight.shape[1], step):
-            part, moved_bias = moved(weight[:, at : at + step].double(), bias, None, target, shifts=shifts)
-            moved_columns[:, at : at + step] = part
-        weight, bias = moved_columns, moved_bias
-    return plain_linear(weight, None if bias is None else bias.to(dtype))
-
-
-def _wide(linear: nn.Linear, x: Float[Tensor, "probes n"]) -> Float[Tensor, "probes out"]:
-    """In float64."""
-    out = torch.cat([F.linear(x, piece.double()) for piece in rows(linear.weight)], dim=-1)
-    return out if linear.bias is None else out + linear.bias.double()

@@ -32,11 +32,12 @@ BITS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its header describes it: where it lies, safetensors' word for its dtype, and its shape."""
+    """A tensor as its header describes it: safetensors' word for its dtype, its shape, its first byte in the file."""
 
     shard: Path
     dtype: str
     shape: tuple[int, ...]
+    at: int
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
@@ -77,8 +78,9 @@ def read_header(shard: Path) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise DamagedError(f"'{shard}' has a damaged safetensors header: it is no JSON object.")
     header.pop("__metadata__", None)
-    described = {name: _described(entry, shard, name) for name, entry in header.items()}
-    needed = 8 + length + _tiled(described.values(), shard)
+    data = 8 + length
+    described = {name: _described(entry, shard, name, data) for name, entry in header.items()}
+    needed = data + _tiled(described.values(), shard)
     if size != needed:
         raise DamagedError(f"'{shard}' is cut short or damaged: {size} bytes of {needed}.")
     return {name: tensor for name, (tensor, _) in described.items()}
@@ -101,15 +103,15 @@ def is_bare(name: str) -> bool:
     return name.isprintable() and not any(sign in name for sign in "/\\:")
 
 
-def _described(entry: Any, shard: Path, name: str) -> tuple[Stored, tuple[int, int]]:
-    """What a header says of one tensor, and the bytes it claims, from the header's end."""
+def _described(entry: Any, shard: Path, name: str, data: int) -> tuple[Stored, tuple[int, int]]:
+    """What a header says of one tensor, and the bytes it claims, from the header's end, which is at `data`."""
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
             dtype in BITS and len(shape) <= RANK
         ):
             whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end))
             if whole and 8 * (end - begin) == math.prod(shape) * BITS[dtype]:
-                return Stored(shard, dtype, tuple(shape)), (begin, end)
+                return Stored(shard, dtype, tuple(shape), data + begin), (begin, end)
     raise DamagedError(f"'{shard}' has a damaged safetensors header: its entry of '{name}' makes no sense.")
 
 

@@ -8,7 +8,7 @@ tensor is checked on opening; numbers are checked when they are read. Remote cod
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from latmix.archs import ARCHS, Arch
 from latmix.errors import DamagedError, InputError
 from latmix.model.shards import stored_tensors
 from latmix.model.sizes import check_config
-from latmix.model.tensors import FLOATS, Tensors, rows
+from latmix.model.tensors import FLOATS, Tensors
 from latmix.rundir import read_json
 
 
@@ -64,20 +64,23 @@ class Source:
     def pieces(self, parameter: str) -> Iterator[Tensor]:
         """The same, some rows at a time."""
         name = self.name(parameter)
-        stored = self.tensors.tensor(name)
-        for piece in rows(stored) if stored.ndim > 1 else (stored,):
-            wide = piece.to(pick_device(), torch.float32, copy=True)
+        for piece in self.tensors.pieces(name):
+            wide = piece.to(pick_device(), torch.float32)
             if not wide.isfinite().all():
                 raise DamagedError(f"The tensor '{name}' in '{self.path}' holds NaN or infinity.")
             yield wide
 
-    def fill(self, module: nn.Module, path: str) -> None:
+    def fill(self, module: nn.Module, path: str, left_out: Collection[str] = ()) -> None:
         """Read every parameter of the module that stands at `path`; '' is the whole model.
+
+        left_out: paths of modules that keep what they have.
 
         Raises: DamagedError: one cannot be read, or is not finite.
         """
         for name, _ in list(module.named_parameters()):
             owner, _, attribute = name.rpartition(".")
+            if owner in left_out:
+                continue
             found = nn.Parameter(self.tensor(f"{path}.{name}" if path else name), requires_grad=False)
             setattr(module.get_submodule(owner), attribute, found)
 

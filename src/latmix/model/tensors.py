@@ -1,7 +1,8 @@
-"""Tensors in safetensors files, one at a time: read through a memory map, written in pieces.
+"""Tensors in safetensors files, one at a time: looked at through a memory map, read and written in pieces.
 
 Nothing is read before it is asked for and nothing is held after, so a checkpoint of any size costs the memory of what
-is looked at. Reading opens the file anew each time: a mapping that stays open keeps its pages counted as the process's.
+is looked at. A map opens the file anew each time, and is for a few rows of a large table: every page that was looked at
+counts as the process's while it is open. Whoever goes through a whole tensor reads it in pieces.
 """
 
 import json
@@ -48,9 +49,7 @@ class Tensors:
 
         Raises: DamagedError: there is no such tensor, or its file is damaged.
         """
-        if name not in self.stored:
-            raise DamagedError(f"The checkpoint lacks the tensor '{name}'.")
-        shard = self.stored[name].shard
+        shard = self._find(name).shard
         try:
             with safe_open(shard, "pt") as file:
                 found: Tensor = file.get_tensor(name)
@@ -59,13 +58,37 @@ class Tensors:
         return found
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The tensor's rows, `PIECE` elements at a time."""
-        yield from rows(self.tensor(name))
+        """The tensor's rows, about `PIECE` elements at a time, each piece in memory of its own.
+
+        Raises: DamagedError: there is no such tensor, or its file is damaged.
+        """
+        stored = self._find(name)
+        (count, *each), dtype = stored.shape, DTYPES[stored.dtype]
+        step = _step(math.prod(each))
+        try:
+            with stored.shard.open("rb") as file:
+                file.seek(stored.at)
+                for at in range(0, count, step):
+                    piece = torch.empty((min(step, count - at), *each), dtype=dtype)
+                    if file.readinto(piece.view(torch.uint8).numpy().data) != piece.nbytes:
+                        raise DamagedError(f"'{stored.shard}' was cut short while it was read.")
+                    yield piece
+        except OSError as error:
+            raise DamagedError(f"'{name}' in '{stored.shard}' cannot be read: {error}.") from error
+
+    def _find(self, name: str) -> Stored:
+        if name not in self.stored:
+            raise DamagedError(f"The checkpoint lacks the tensor '{name}'.")
+        return self.stored[name]
 
 
 def rows(matrix: Tensor) -> Iterator[Tensor]:
     """Runs of rows, about `PIECE` elements each."""
-    yield from matrix.split(max(1, PIECE // max(1, matrix.shape[-1])))
+    yield from matrix.split(_step(matrix.shape[-1]))
+
+
+def _step(width: int) -> int:
+    return max(1, PIECE // max(1, width))
 
 
 @dataclass(frozen=True)

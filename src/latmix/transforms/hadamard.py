@@ -53,6 +53,17 @@ class Hadamard(Transform):
         """Whether it is one matrix of that order, over and over, and nothing else."""
         return self.signs is None and [n for n, _ in self.segments] == [order]
 
+    @property
+    def order(self) -> int | None:
+        """Of its blocks, where all are of one."""
+        return self.segments[0][0] if len(self.segments) == 1 else None
+
+    def part(self, some: slice) -> "Hadamard":
+        """What it does to these coordinates, which are whole blocks of its `order`."""
+        part = Hadamard(some.stop - some.start, self.order)
+        part.core, part.signs = self.core, None if self.signs is None else self.signs[some]
+        return part
+
     def _linear(self, x: Tensor) -> Tensor:
         return self._blocks(self._flip(x))
 

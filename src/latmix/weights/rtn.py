@@ -23,7 +23,7 @@ PIECE = 2**22
 class RTN(WeightQuantizer):
     """`encode(weight, format)`; NaN and Inf as there: the NaN scale marks their block.
 
-    Cost: 24 bytes for each element of a piece, whatever the weight's size.
+    Cost: 24 bytes for each element of a piece, and one for each of the weight's.
     """
 
     needs_hessian: ClassVar[bool] = False
@@ -37,10 +37,13 @@ class RTN(WeightQuantizer):
     ) -> Quantized:
         if tensor_scale is None:
             tensor_scale = choose_tensor_scale(weight, format)
-        pieces = weight.split(max(1, PIECE // weight.shape[-1]))
-        parts = [encode(piece, format, tensor_scale=tensor_scale) for piece in pieces]
-        codes, scales = torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts])
-        return dataclasses.replace(parts[0], codes=codes, scales=scales)
+        codes, scales = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), list[Tensor]()
+        step = max(1, PIECE // weight.shape[-1])
+        for piece, room in zip(weight.split(step), codes.split(step), strict=True):
+            part = encode(piece, format, tensor_scale=tensor_scale)
+            room.copy_(part.codes)
+            scales.append(part.scales)
+        return dataclasses.replace(part, codes=codes, scales=torch.cat(scales))
 
 
 WEIGHT_QUANTIZERS.add("rtn", RTN)

@@ -1,0 +1,52 @@
+"""The large tables of a model, embedding and head, into the stream's basis and onto the disk, some rows at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latmix.model.attach import plain_linear, seen_by_head
+from latmix.model.checkpoint import KEPT
+from latmix.model.fold import absorb, fold_embedding
+from latmix.model.fold_linear import fold_linear
+from latmix.model.maps import Maps
+from latmix.model.source import Source
+from latmix.model.tensors import Rows, write
+
+
+@torch.no_grad()
+def write_embedding(source: Source, maps: Maps, file: Path) -> None:
+    """maps: in float64. Raises: LatmixError: bad numbers, a full disk."""
+    name, stream = f"{source.arch.embedding}.weight", maps.stream(source.arch)
+    pieces = source.pieces(name)
+    moved = pieces if stream is None else (fold_embedding(piece, stream) for piece in pieces)
+    write(file, {name: Rows(source.tensors.stored[name].shape, KEPT, (piece.to(KEPT) for piece in moved))}, {})
+
+
+@torch.no_grad()
+def write_head(source: Source, maps: Maps, file: Path) -> None:
+    """Final norm and head; the norm's gain is in the head, whose bias the stream's shift makes.
+
+    maps: in float64. Raises: LatmixError: bad numbers, a map that does not fold, a full disk.
+    """
+    arch = source.arch
+    norm, head = f"{arch.final_norm}.weight", f"{arch.head}.weight"
+    gain, stream = source.tensor(norm), maps.stream(arch)
+    biases: list[Tensor] = []
+
+    def pieces() -> Iterator[Tensor]:
+        for piece in source.pieces(head):
+            absorb(gain, piece)
+            rows = plain_linear(piece, None)
+            if stream is not None:
+                fold_linear(rows, seen_by_head(stream), None, shifts=0)
+            if rows.bias is not None:
+                biases.append(rows.bias.to(KEPT))
+            yield rows.weight.to(KEPT)
+
+    shape = source.tensors.stored[source.name(head)].shape
+    tensors: dict[str, Tensor | Rows] = {norm: torch.ones_like(gain, dtype=KEPT), head: Rows(shape, KEPT, pieces())}
+    if stream is not None and seen_by_head(stream).shift is not None:
+        tensors[f"{arch.head}.bias"] = Rows(shape[:1], KEPT, biases)  # full once the head is written
+    write(file, tensors, {})
