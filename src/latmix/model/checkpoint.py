@@ -58,8 +58,12 @@ def packed(quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
     """What is stored of these linears, by name."""
     found: dict[str, Tensor] = {}
     for path, q in quantized.items():
-        parts = [pack(codes, q.format.element.bits) for codes in rows(q.codes)]
-        found |= {f"{path}.weight_packed": torch.cat(parts), f"{path}.weight_scale": q.scales}
+        bits, at = q.format.element.bits, 0
+        stored = q.codes.new_empty(len(q.codes), -(-q.codes.shape[-1] * bits // 8))
+        for codes in rows(q.codes):
+            stored[at : at + len(codes)] = pack(codes, bits)
+            at += len(codes)
+        found |= {f"{path}.weight_packed": stored, f"{path}.weight_scale": q.scales}
         if q.tensor_scale is not None:
             found[f"{path}.weight_global_scale"] = q.tensor_scale
     return found

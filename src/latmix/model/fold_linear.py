@@ -58,13 +58,15 @@ def _move(
 
 def _move_rows(weight: Tensor, bias: Tensor | None, source: Transform | None, into: Tensor) -> Tensor | None:
     """Rows do not depend on one another under the source map."""
-    step, biases = max(1, PIECE // weight.shape[1]), list[Tensor]()
+    step, biases = max(1, PIECE // weight.shape[1]), weight.new_empty(len(weight), dtype=torch.float64)
+    moved_bias: Tensor | None = None
     for at in range(0, len(weight), step):
         some = slice(at, at + step)
-        part, shift = moved(weight[some].double(), None if bias is None else bias[some], source, None, shifts=0)
+        part, moved_bias = moved(weight[some].double(), None if bias is None else bias[some], source, None, shifts=0)
         into[some] = part
-        biases += [] if shift is None else [shift]
-    return torch.cat(biases) if biases else None
+        if moved_bias is not None:
+            biases[some] = moved_bias
+    return None if moved_bias is None else biases
 
 
 def _move_columns(
@@ -82,5 +84,9 @@ def _move_columns(
 
 def _wide(linear: nn.Linear, x: Float[Tensor, "probes n"]) -> Float[Tensor, "probes out"]:
     """In float64."""
-    out = torch.cat([F.linear(x, piece.double()) for piece in rows(linear.weight)], dim=-1)
+    # one room for all: small results kept between large pieces would keep the C library from using their room again
+    out, at = x.new_empty(len(x), linear.out_features), 0
+    for piece in rows(linear.weight):
+        out[:, at : at + len(piece)] = F.linear(x, piece.double())
+        at += len(piece)
     return out if linear.bias is None else out + linear.bias.double()

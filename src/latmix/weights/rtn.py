@@ -37,13 +37,14 @@ class RTN(WeightQuantizer):
     ) -> Quantized:
         if tensor_scale is None:
             tensor_scale = choose_tensor_scale(weight, format)
-        codes, scales = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), list[Tensor]()
-        step = max(1, PIECE // weight.shape[-1])
-        for piece, room in zip(weight.split(step), codes.split(step), strict=True):
+        step, device = max(1, PIECE // weight.shape[-1]), weight.device
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+        scales = torch.empty(len(weight), -(-weight.shape[-1] // format.block), dtype=torch.uint8, device=device)
+        for piece, *room in zip(weight.split(step), codes.split(step), scales.split(step), strict=True):
             part = encode(piece, format, tensor_scale=tensor_scale)
-            room.copy_(part.codes)
-            scales.append(part.scales)
-        return dataclasses.replace(part, codes=codes, scales=torch.cat(scales))
+            room[0].copy_(part.codes)
+            room[1].copy_(part.scales)
+        return dataclasses.replace(part, codes=codes, scales=scales)
 
 
 WEIGHT_QUANTIZERS.add("rtn", RTN)
