@@ -57,15 +57,17 @@ def stock(folder: Path) -> transformers.PreTrainedModel:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tensors = {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
     online = quantization.get("transform_config", {"config_groups": {}})["config_groups"]
+    for name, group in online.items():
+        (stored,) = [key for key in tensors if key.endswith(f".{name}_input.weight")]  # once, for all that share it
+        matrix, order = tensors.pop(stored), group["head_dim"]
+        assert torch.allclose(matrix.float(), hadamard(torch.eye(order)) * order**0.5)
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and path not in quantization["ignore"]:
             tensors[f"{path}.weight"] = decode(tensors.pop(path + codes), tensors.pop(f"{path}.weight_scale"))
             for name, group in online.items():
                 if any(path.endswith(target[5:-1].replace("[.]", ".")) for target in group["apply"][0]["targets"]):
-                    matrix, order = tensors.pop(f"{path}.{name}_input.weight"), group["head_dim"]
-                    assert torch.allclose(matrix.float(), hadamard(torch.eye(order)) * order**0.5)
                     assert module.bias is None  # vLLM asserts it
-                    module.register_forward_pre_hook(partial(_turned, order=order))
+                    module.register_forward_pre_hook(partial(_turned, order=group["head_dim"]))
             if scheme["input_activations"]:
                 module.register_forward_pre_hook(lambda _, args: (round_(args[0]),))
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

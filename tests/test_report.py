@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import latmix
-from latmix.analysis.report import report
+from latmix.analysis.report import names, report
 from latmix.analysis.svg import Words, lines, nice_ticks, pairs
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION
@@ -89,12 +89,22 @@ def test_bad_input(runs: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+def test_runs_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
+    """As in a comparison, whose cells all hold a folder `run`."""
+    cells = [Path(shutil.copytree(runs[1], tmp_path / f"latmix-lu-{seed}" / "run")) for seed in range(2)]
+    page = report(cells, tmp_path / "report.html").read_text("utf-8")
+    assert all(page.count(f"<li class=\"s{seed}\">latmix-lu-{seed}</li>") == 2 for seed in range(2))
+    assert names([Path("a/x/run"), Path("a/y/run"), Path("b/x/run")]) == ["a/x/run", "a/y/run", "b/x/run"]
+    with pytest.raises(latmix.LatmixError, match="named twice"):
+        report([cells[0], cells[0]], tmp_path / "twice.html")
+
+
 def test_charts_hold_their_points_at_the_edges() -> None:
     chart = lines(Words("t", "x", "y", "d"), {"a": [(0, 0.0), (10, 3.0)], "one": [(5, 1.0)]})
     points = re.search(r'points="([^"]+)"', chart)
-    assert points and points[1] == "78.0,198.0 426.0,12.0"
+    assert points and points[1] == "78.0,198.0 416.0,12.0"
     rows = pairs(Words("t", "x", "y", "d"), ("a", "b"), {"one": (0.0, 2.0), "two": (1.0, 1.0)})
-    assert re.findall(r'cx="([\d.]+)"', rows) == ["78.0", "426.0", "252.0", "252.0"]
+    assert re.findall(r'cx="([\d.]+)"', rows) == ["78.0", "416.0", "247.0", "247.0"]
     assert nice_ticks(0, 0.0437) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
     assert nice_ticks(2.0, 2.0) == [2.0, 3.0]
 

@@ -26,19 +26,21 @@ def errors(found: Mapping[str, Mapping[str, list[float]]]) -> str:
     means = {
         place: (sum(e["before"]) / len(e["before"]), sum(e["after"]) / len(e["after"])) for place, e in found.items()
     }
+    ratios = {p: [a / b if b else 1.0 for a, b in zip(e["after"], e["before"], strict=True)] for p, e in found.items()}
+    mapped = any(ratio != 1 for values in ratios.values() for ratio in values)
     before, after = (sum(values) for values in zip(*means.values(), strict=True))
     worst = max(means, key=lambda place: means[place][1])
-    says = f"Over all inputs the maps leave {after / before:.2f} of the error; most is left at {worst}, "
+    says = f"Over all inputs the maps leave {after / before:.2f} of the error; most is left" if mapped else "Most is"
     words = Words(
-        "Error of the activations, before and after the maps",
+        "Error of the activations, before and after the maps" if mapped else "Error of the activations",
         "mean squared error / mean square",
         "of every input / layer",
-        f"{says}{means[worst][1]:.4f}.",
+        f"{says} at {worst}, {means[worst][1]:.4f}.",
     )
     rows = [[place, f"{b:.5f}", f"{a:.5f}"] for place, (b, a) in means.items()]
-    charts = chart(pairs(words, ("before", "after"), means), ("input / layer", "before", "after"), rows)
-    ratios = {p: [a / b if b else 1.0 for a, b in zip(e["after"], e["before"], strict=True)] for p, e in found.items()}
-    if any(ratio != 1 for values in ratios.values() for ratio in values):
+    kinds = ("before", "after") if mapped else ("there is no map",) * 2
+    charts = chart(pairs(words, kinds, means), ("input / layer", "before", "after"), rows)
+    if mapped:
         charts += _blocks(ratios)
     return f'<div class="charts">{charts}</div>'
 

@@ -33,11 +33,11 @@ class Record:
 def report(runs: Sequence[Path], out: Path) -> Path:
     """Write the page; returns its path.
 
-    Raises: LatmixError: no run there, a damaged one, or `out` exists or cannot be written.
+    Raises: LatmixError: no run there, a damaged one, one named twice, or `out` exists or cannot be written.
     """
     if out.exists():
         raise InputError(f"'{out}' exists; choose another --out or remove it.")
-    page = render([read(run) for run in runs])
+    page = render([read(run, name) for run, name in zip(runs, names(runs), strict=True)])
     try:
         out.write_text(page, "utf-8")
     except UnicodeEncodeError as error:
@@ -49,7 +49,23 @@ def report(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def read(run: Path) -> Record:
+def names(runs: Sequence[Path]) -> list[str]:
+    """What tells the runs apart: the last folder of their paths that differs everywhere (all cells of a comparison hold
+    a folder `run`), or else as much of their ends as it takes.
+
+    Raises: InputError: one is named twice.
+    """
+    parts = [run.resolve().parts for run in runs]
+    if twice := [str(run) for run, path in zip(runs, parts, strict=True) if parts.count(path) > 1]:
+        raise InputError(f"The run '{twice[0]}' is named twice.")
+    longest = max(map(len, parts), default=0)
+    ends = [[path[-depth:] for path in parts] for depth in range(1, longest + 1)]
+    found = next((each for each in ends if len(set(each)) == len(runs)), [])
+    first = [path[0] for path in found]
+    return first if len(set(first)) == len(runs) else ["/".join(path) for path in found]
+
+
+def read(run: Path, name: str) -> Record:
     """Raises: LatmixError: not a run, or damaged."""
     if not is_run(run):
         raise InputError(f"'{run}' is not a run directory: it has no {RECIPE}.")
@@ -57,7 +73,7 @@ def read(run: Path) -> Record:
     recipe, summary = (read_json(run / name) for name in (RECIPE, SUMMARY))
     if not isinstance(recipe, dict) or not isinstance(summary, dict):
         raise DamagedError(f"The {RECIPE} or {SUMMARY} of '{run}' is no JSON object.")
-    return Record(run.name, recipe, summary, curves)
+    return Record(name, recipe, summary, curves)
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 240, 78, 14, 12, 42  # readable at the width of a phone, unscrolled
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 240, 78, 24, 12, 42  # readable at the width of a phone, unscrolled
 ROW = 18  # height of a named row
 SERIES = 6  # colours; more series start over with dashes
 

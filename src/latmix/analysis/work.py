@@ -3,8 +3,9 @@
 Folding, rounding and measuring hold one layer at a time, whatever the size of the model, and some tokens in it;
 learning and tuning hold all of it. Counts are exact where they can be (weights, Hessians, logits); how many vectors a
 forward keeps alive is a constant each, checked by runs of several sizes (benchmarks/plan.py).
-Time is an estimate from one timed matrix product: right in order of magnitude, for the machine as busy as it is now.
-Given up: the memory of a GPU, where other things stand.
+Time is an estimate from one timed matrix product, for a machine that has nothing else to do: large products alone are
+counted, so small models take longer than it says (docs/results/plan.md). Given up: the memory of a GPU, where other
+things stand.
 """
 
 import math
@@ -19,16 +20,15 @@ import transformers
 from latmix.eval.heldout import LOGITS
 from latmix.model.calibrate import BATCH
 from latmix.model.tensors import PIECE
-from latmix.recipe import Distillation, Recipe
+from latmix.recipe import Distillation, Layerwise, Recipe
+from latmix.registry import parse_spec
 
 KEPT, FULL = 2, 4  # bytes: bfloat16 on disk, float32 at work
 WARM = 130 * 2**20  # tokenizer, text, kernels, first forward: measured on the demo model
 WIDTHS, FFN = 8, 3  # alive at once in a layer's forward, per token: vectors of hidden, of feed-forward width
 LEARN, TUNE = (13, 6), (20, 9)  # the same where they are kept for backward; weights that learn keep their inputs too
-SCORED, LEARNED = (
-    6.5,
-    8,
-)  # tensors of the size of the logits at once: measured, learned from
+LAYER = (40, 20)  # the same in a layer that learns a map at every input
+SCORED, LEARNED = 6.5, 8  # tensors of the size of the logits at once: measured, learned from
 HESSIAN = 32  # bytes for each of its numbers: H, damped, factor and its mirror image, half of them in float64
 ROUNDED = 7  # float32 copies of a linear while it is folded or rounded
 
@@ -78,6 +78,8 @@ def work(sizes: Sizes, recipe: Recipe) -> Work:
     for name, stage in (("learn", recipe.learning), ("tune", recipe.tuning)):
         if stage is not None:
             peak[name], seconds[name] = _whole(sizes, recipe, stage)
+    if recipe.layerwise is not None:
+        peak["learn"], seconds["learn"] = _layerwise(sizes, recipe, recipe.layerwise)
     base, rate = resident() + WARM, _flops()
     return Work({k: base + v for k, v in peak.items()}, {k: v / rate for k, v in seconds.items()})
 
@@ -85,15 +87,21 @@ def work(sizes: Sizes, recipe: Recipe) -> Work:
 def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes beyond what Python takes, and multiply-adds times two, of the stages that hold one layer."""
     window, calibrated = min(recipe.calibration.window, s.longest), recipe.quantizer.startswith("gptq")
+    fits = any(parse_spec(spec)[0] == "wush" for spec in recipe.online.values())
     tokens, seen = recipe.calibration.windows * window, recipe.calibration.held_out * window
     batch = min(BATCH, recipe.calibration.windows) * window * FULL * (WIDTHS * s.hidden + FFN * s.intermediate)
     layer = (FULL + 1) * s.linears // s.layers  # float32, and a byte for every code
     rounding = max(ROUNDED * FULL * s.largest, HESSIAN * s.widest**2 if calibrated else 0)
     scored = min(BATCH, recipe.calibration.held_out) * window  # tokens whose logits live at once
     piece, logits = min(s.table, PIECE), FULL * min(LOGITS, scored * s.vocabulary)
+    left = (batch + 4 * FULL * s.widest**2) if fits else 0  # a heap keeps what fitting took
     peak = {
-        "quantize": layer + batch + rounding,
-        "measure": batch + FULL * piece + 2 * KEPT * s.table + int(SCORED * logits),  # two heads, in mapped files
+        "quantize": left + layer + batch + rounding,
+        "measure": left
+        + batch
+        + FULL * piece
+        + 2 * KEPT * s.table
+        + int(SCORED * logits),  # two heads, in mapped files
     }
     hessians = s.linears * (2 * tokens + 3 * s.widest) if calibrated else 0
     forwards = 2 * s.linears * (3 * tokens * calibrated + 3 * seen)  # an input at a time comes to three whole ones
@@ -115,6 +123,16 @@ def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
     return FULL * values, 2 * 8 * (s.linears + s.table) * stage.steps * stage.batch * window
 
 
+def _layerwise(s: Sizes, recipe: Recipe, stage: Layerwise) -> tuple[int, int]:
+    """The same where layers learn one after the other, each from what enters and leaves the teacher's."""
+    window = min(recipe.calibration.window, s.longest)
+    seen, batch = recipe.calibration.windows * window, stage.batch * window
+    scored = SCORED * min(BATCH, recipe.calibration.held_out) * window * s.vocabulary  # what the maps cost, before
+    layer = 3 * s.linears // s.layers + batch * (LAYER[0] * s.hidden + LAYER[1] * s.intermediate)
+    values = s.linears + 2 * s.table + max(int(scored), 3 * seen * s.hidden + layer)
+    return FULL * values, 2 * 8 * s.linears * stage.epochs * seen
+
+
 def _tuned(s: Sizes, recipe: Recipe) -> int:
     """The unrounded weights, latents with gradient, Adam's moments and three limits, and what rounding keeps."""
     moving = recipe.tuning is not None and recipe.tuning.codes
@@ -131,11 +149,14 @@ def resident() -> int:
 
 
 def _flops() -> float:
-    """Multiply-adds times two a second, in float32, on the device that would do the work."""
-    a = torch.randn(1024, 1024, device="cuda" if torch.cuda.is_available() else "cpu")
+    """Multiply-adds times two a second, in float32, on the device that would do the work. Processor time, on a CPU, so
+    that other processes do not count."""
+    cuda = torch.cuda.is_available()
+    a = torch.randn(1024, 1024, device="cuda" if cuda else "cpu")
+    clock, threads = (time.perf_counter, 1) if cuda else (time.process_time, torch.get_num_threads())
     best = math.inf
     for _ in range(3):
-        began = time.perf_counter()
+        began = clock()
         float((a @ a)[0, 0])
-        best = min(best, time.perf_counter() - began)
+        best = min(best, (clock() - began) / threads)
     return 2 * 1024**3 / best

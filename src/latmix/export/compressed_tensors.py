@@ -5,8 +5,8 @@ where a stock model has either all of a group's biases or none, and the online t
 randomised Hadamard before down_proj is served as a plain one: its signs fold into the rows of up_proj, whose codes
 carry a sign bit, so nothing is rounded again.
 
-Facts about the format: vLLM divides a stored transform by √size, so the matrix has entries ±1; the same tensor is
-expected at every linear it acts on.
+Facts about the format: vLLM divides a stored transform by √size, so the matrix has entries ±1; all linears of a
+config group share one tensor in memory, whichever of them it is read for, so it is stored at the first layer alone.
 """
 
 import re
@@ -42,11 +42,9 @@ def pieces(source: Source) -> Iterator[Piece]:
         yield Piece(new, shape, dtype, partial(_made, source, name, dtype, flips if flip else None))
     yield from missing_biases(source)
     for spot in source.layout.online:
-        order = order_of(source, spot)
-        for index in range(source.layers):
-            for reader in source.arch.input(spot).readers:
-                name = f"{source.arch.layers}.{index}.{reader}.{spot}_input.weight"
-                yield Piece(name, (order, order), torch.bfloat16, partial(_sylvester, order))
+        order, reader = order_of(source, spot), source.arch.input(spot).readers[0]
+        name = f"{source.arch.layers}.0.{reader}.{spot}_input.weight"
+        yield Piece(name, (order, order), torch.bfloat16, partial(_sylvester, order))
 
 
 def _made(source: Source, name: str, dtype: torch.dtype, flips: Tensor | None) -> Tensor:
