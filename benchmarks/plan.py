@@ -50,6 +50,7 @@ FITTED: list[tuple[str, str, dict[str, str]]] = [
     ("24M", "latmix-plus", SMALL | TUNE),
     ("24M", "wush", SMALL),
     ("48M", "flatquant", SMALL | LAYERS),
+    ("90M", "spinquant", SMALL | LEARN),
 ]
 OTHERS: list[tuple[str, str, dict[str, str]]] = [
     ("24M", "rtn", SMALL),
@@ -57,7 +58,7 @@ OTHERS: list[tuple[str, str, dict[str, str]]] = [
     ("90M", "mr-gptq", SMALL),
     ("48M", "wush", SMALL),
     ("24M", "flatquant", SMALL | LAYERS),
-    ("90M", "spinquant", SMALL | LEARN),
+    ("48M", "brq", SMALL | LEARN),
     ("48M", "latmix-qr", SMALL | LEARN),
     ("90M", "latmix-plus", SMALL | TUNE),
 ]

@@ -64,7 +64,7 @@ def stock(folder: Path) -> transformers.PreTrainedModel:
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and path not in quantization["ignore"]:
             tensors[f"{path}.weight"] = decode(tensors.pop(path + codes), tensors.pop(f"{path}.weight_scale"))
-            for name, group in online.items():
+            for group in online.values():
                 if any(path.endswith(target[5:-1].replace("[.]", ".")) for target in group["apply"][0]["targets"]):
                     assert module.bias is None  # vLLM asserts it
                     module.register_forward_pre_hook(partial(_turned, order=group["head_dim"]))

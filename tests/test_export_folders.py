@@ -63,7 +63,7 @@ class TestFolders:
         writer = exports.transformers.write_shards
         monkeypatch.setattr(exports.transformers, "write_shards", partial(writer, limit=20_000))
         with monkeypatch.context() as killed:
-            killed.setattr(shards, "save_file", _fail_at(3))
+            killed.setattr(shards, "write", _fail_at(3))
             with pytest.raises(KeyboardInterrupt):
                 exports.export(run, "transformers", tmp_path / "out")
         first = (
@@ -185,7 +185,7 @@ class TestFolders:
 
 def _fail_at(count: int):
     seen = []
-    real = shards.save_file
+    real = shards.write
 
     def save(*args: object, **kwargs: object) -> None:
         seen.append(args)

@@ -93,7 +93,7 @@ def test_runs_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
     """As in a comparison, whose cells all hold a folder `run`."""
     cells = [Path(shutil.copytree(runs[1], tmp_path / f"latmix-lu-{seed}" / "run")) for seed in range(2)]
     page = report(cells, tmp_path / "report.html").read_text("utf-8")
-    assert all(page.count(f"<li class=\"s{seed}\">latmix-lu-{seed}</li>") == 2 for seed in range(2))
+    assert all(page.count(f'<li class="s{seed}">latmix-lu-{seed}</li>') == 2 for seed in range(2))
     assert names([Path("a/x/run"), Path("a/y/run"), Path("b/x/run")]) == ["a/x/run", "a/y/run", "b/x/run"]
     with pytest.raises(latmix.LatmixError, match="named twice"):
         report([cells[0], cells[0]], tmp_path / "twice.html")

@@ -3,9 +3,9 @@
 Folding, rounding and measuring hold one layer at a time, whatever the size of the model, and some tokens in it;
 learning and tuning hold all of it. Counts are exact where they can be (weights, Hessians, logits); how many vectors a
 forward keeps alive is a constant each, checked by runs of several sizes (benchmarks/plan.py).
-Time is an estimate from one timed matrix product, for a machine that has nothing else to do: large products alone are
-counted, so small models take longer than it says (docs/results/plan.md). Given up: the memory of a GPU, where other
-things stand.
+Time is an estimate from one timed matrix product, for a machine that has nothing else to do: the linears' products are
+counted, and what comes with them taken for a constant factor, so small models take longer than it says
+(docs/results/plan.md). Given up: the memory of a GPU, where other things stand.
 """
 
 import math
@@ -28,7 +28,11 @@ WARM = 130 * 2**20  # tokenizer, text, kernels, first forward: measured on the d
 WIDTHS, FFN = 8, 3  # alive at once in a layer's forward, per token: vectors of hidden, of feed-forward width
 LEARN, TUNE = (13, 6), (20, 9)  # the same where they are kept for backward; weights that learn keep their inputs too
 LAYER = (40, 20)  # the same in a layer that learns a map at every input
-SCORED, LEARNED = 6.5, 8  # tensors of the size of the logits at once: measured, learned from
+SCORED, LEARNED = (
+    6.5,
+    {"kl": 8, "cross-entropy": 4},
+)  # tensors of the size of the logits at once: measured, learned from
+SLOWER, START = 2, 6.0  # rounding, attention and small operations take as long as the products; seconds of imports
 HESSIAN = 32  # bytes for each of its numbers: H, damped, factor and its mirror image, half of them in float64
 ROUNDED = 7  # float32 copies of a linear while it is folded or rounded
 
@@ -80,8 +84,9 @@ def work(sizes: Sizes, recipe: Recipe) -> Work:
             peak[name], seconds[name] = _whole(sizes, recipe, stage)
     if recipe.layerwise is not None:
         peak["learn"], seconds["learn"] = _layerwise(sizes, recipe, recipe.layerwise)
-    base, rate = resident() + WARM, _flops()
-    return Work({k: base + v for k, v in peak.items()}, {k: v / rate for k, v in seconds.items()})
+    base, rate = resident() + WARM, _flops() / SLOWER
+    times = {k: v / rate for k, v in seconds.items()}
+    return Work({k: base + v for k, v in peak.items()}, {"start": START, **times})
 
 
 def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
@@ -95,13 +100,10 @@ def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, int], dict[str, int
     scored = min(BATCH, recipe.calibration.held_out) * window  # tokens whose logits live at once
     piece, logits = min(s.table, PIECE), FULL * min(LOGITS, scored * s.vocabulary)
     left = (batch + 4 * FULL * s.widest**2) if fits else 0  # a heap keeps what fitting took
+    heads = FULL * piece + 2 * KEPT * s.table  # one at work; two in mapped files
     peak = {
         "quantize": left + layer + batch + rounding,
-        "measure": left
-        + batch
-        + FULL * piece
-        + 2 * KEPT * s.table
-        + int(SCORED * logits),  # two heads, in mapped files
+        "measure": left + batch + heads + int(SCORED * logits),
     }
     hessians = s.linears * (2 * tokens + 3 * s.widest) if calibrated else 0
     forwards = 2 * s.linears * (3 * tokens * calibrated + 3 * seen)  # an input at a time comes to three whole ones
@@ -117,8 +119,9 @@ def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
     kept = 0 if stage.checkpointing else batch * s.layers * (widths * s.hidden + ffn * s.intermediate)
     answers = (recipe.calibration.windows + recipe.calibration.held_out) * window * s.hidden
     # what is made of the linears and the head under the maps, of the embedding in the rows at hand
-    own = 3 * s.linears + (s.table if recipe.folded else 0) if learning else _tuned(s, recipe)
-    values = s.linears + 2 * s.table + own + kept + answers + LEARNED * batch * s.vocabulary
+    moved = 3 if recipe.learning is not None and recipe.learning.weights else 2  # rounded too, or not
+    own = moved * s.linears + (s.table if recipe.folded else 0) if learning else _tuned(s, recipe)
+    values = s.linears + 2 * s.table + own + kept + answers + LEARNED[stage.objective] * batch * s.vocabulary
     # teacher 2, student 6 a weight and token; rounding as much
     return FULL * values, 2 * 8 * (s.linears + s.table) * stage.steps * stage.batch * window
 

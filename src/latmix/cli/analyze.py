@@ -76,7 +76,8 @@ def plan(
     print(f"Keys and values: {found.cache_per_token:,} bytes a token in bfloat16; longest context {found.longest:,}")
     peak = max(found.work.peak.values()) / 1e9
     minutes = sum(found.work.seconds.values()) / 60
-    print(f"{recipe} here: about {peak:.2f} GB of host memory at the peak, in the order of {minutes:.1f} minutes")
+    print(f"{recipe} here: about {peak:.2f} GB of host memory at the peak")
+    print(f"and some {minutes:.1f} minutes if nothing else runs")
 
 
 @app.command()

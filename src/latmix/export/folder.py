@@ -28,7 +28,7 @@ OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, INPUTS, LOG, "config.json"
 def export(run: Path, to: str, out: Path) -> Path:
     """Write `run` in the format `to` into the new folder `out`. A killed export resumes when called again.
 
-    Cost: one shard in memory while writing; then, for the fingerprint, some two dozen passes over the run with one of
+    Cost: one tensor in memory while writing; then, for the fingerprint, some two dozen passes over the run with one of
         its layers in memory.
     Raises: LatmixError: unknown target, a run that it cannot express (the reason, and what fits), or a damaged run.
     """

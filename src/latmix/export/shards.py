@@ -1,7 +1,7 @@
-"""Tensors to safetensors shards, one shard in memory at a time; a killed export goes on where it stopped.
+"""Tensors to safetensors shards, one tensor in memory at a time; a killed export goes on where it stopped.
 
-A shard that has its name is whole (`rundir.written`). What the folder is being
-filled with is noted first (`plan.json`): another export, or the same of a changed run, does not resume it.
+A shard that has its name is whole (`rundir.written`). What the folder is being filled with is noted first
+(`plan.json`): another export, or the same of a changed run, does not resume it.
 """
 
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from latmix.errors import InputError
-from latmix.rundir import digest, read_json, write_json, written
+from latmix.model.tensors import Rows, write
+from latmix.rundir import digest, read_json, write_json
 
 SHARD = 2**31
 """Bytes in a shard, at most (a larger tensor has a shard of its own)."""
@@ -37,6 +37,9 @@ class Piece:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self) -> Rows:
+        return Rows(self.shape, self.dtype, (make() for make in (self.make,)))
 
 
 def begin(out: Path, plan: Any) -> Path:
@@ -69,9 +72,7 @@ def write_shards(pieces: list[Piece], folder: Path, limit: int = SHARD) -> None:
     for name, group in zip(names, groups, strict=True):
         if (folder / name).exists():
             continue
-        tensors = {piece.name: piece.make().contiguous() for piece in group}
-        with written(folder / name) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+        write(folder / name, {piece.name: piece.rows() for piece in group}, {})
     if len(groups) > 1:
         where = {piece.name: name for name, group in zip(names, groups, strict=True) for piece in group}
         total = sum(piece.bytes for piece in pieces)

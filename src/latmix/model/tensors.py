@@ -24,7 +24,7 @@ PIECE = 2**22
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOATS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_WORDS = {dtype: word for word, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}  # written, never read
 
 
 @dataclass(frozen=True)
