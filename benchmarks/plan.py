@@ -142,8 +142,8 @@ HEAD = """# Plans against what happened
 Peak host memory (the largest of all stages, which the bracket names), bytes on disk and seconds, as `latmix plan`
 predicts them from `config.json` and as runs measured them. A plan and a run are processes of their own. Models of
 random weights; few windows and steps. Seconds are processor time over threads, so that other processes on the machine
-do not count; those measured include what Python needs to start, which is not predicted. {about}, torch {torch}.
-Regenerate:
+do not count, Python's start included (predicted as six seconds).
+{about}, torch {torch}. Regenerate:
 
     python benchmarks/plan.py --out docs/results/plan.md
 
@@ -151,7 +151,8 @@ Models and recipes that the constants of the model of memory were chosen on:
 
 {fitted}
 
-Models and recipes that they were not:
+Models and recipes that they were not (the two constants of the model of time were chosen on the first three of these
+rows and on the last three above):
 
 {others}
 """
