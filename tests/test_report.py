@@ -99,6 +99,16 @@ def test_runs_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
         report([cells[0], cells[0]], tmp_path / "twice.html")
 
 
+def test_losses_of_different_kinds_share_no_chart(runs: list[Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(runs[1], tmp_path / "other"))
+    recipe = json.loads((other / "recipe.json").read_text())
+    recipe["learning"]["objective"] = "cross-entropy"
+    (other / "recipe.json").write_text(json.dumps(recipe))
+    page = report([runs[1], other], tmp_path / "report.html").read_text("utf-8")
+    assert len(re.findall('aria-label="Learning: KL of every batch. latmix-lu ends at [0-9.]+"', page)) == 1
+    assert len(re.findall('aria-label="Learning: cross-entropy of every batch. other ends at [0-9.]+"', page)) == 1
+
+
 def test_charts_hold_their_points_at_the_edges() -> None:
     chart = lines(Words("t", "x", "y", "d"), {"a": [(0, 0.0), (10, 3.0)], "one": [(5, 1.0)]})
     points = re.search(r'points="([^"]+)"', chart)

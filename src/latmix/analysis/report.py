@@ -18,6 +18,7 @@ from latmix.rundir import METRICS, RECIPE, SUMMARY, TUNING, is_run, read_json
 from latmix.typed import parsed
 
 CURVES = {"Learning": METRICS, "Tuning": TUNING}
+OBJECTIVES = {"kl": "KL of every batch", "cross-entropy": "cross-entropy of every batch"}
 
 
 @dataclass(frozen=True)
@@ -137,17 +138,22 @@ def _learning(title: str, records: Sequence[Record]) -> str:
         name: [(s["step"], s["held_out"]) for s in steps if s["held_out"] is not None]
         for name, steps in learned.items()
     }
-    loss = {name: [(s["step"], s["loss"]) for s in steps[1:]] for name, steps in learned.items()}
     ends = "; ".join(f"{name} from {v[0][1]:.4f} to {min(y for _, y in v):.4f} at best" for name, v in held_out.items())
     words = Words(f"{title}: held-out KL", "step", "nats per token", ends + ".")
     rows = [[name, f"{step}", f"{value:.5f}"] for name, points in held_out.items() for step, value in points]
     charts = chart(lines(words, held_out), ("run", "step", "held-out KL"), rows)
-    if all(loss.values()):
-        last = "; ".join(f"{name} ends at {points[-1][1]:.4f}" for name, points in loss.items())
-        words = Words(f"{title}: loss of every step", "step", "nats per token", last + ".")
-        some = [[n, f"{x}", f"{y:.5f}"] for n, points in loss.items() for x, y in points[:: max(1, len(points) // 20)]]
-        charts += chart(lines(words, loss), ("run", "step", "loss"), some)
+    kinds = {record.name: record.recipe[title.lower()]["objective"] for record in records if record.name in learned}
+    for kind in dict.fromkeys(kinds.values()):  # losses of different kinds share no axis
+        loss = {name: [(s["step"], s["loss"]) for s in learned[name][1:]] for name in learned if kinds[name] == kind}
+        charts += _losses(f"{title}: {OBJECTIVES[kind]}", loss) if all(loss.values()) else ""
     return f'<section><h2>{title}</h2><div class="charts">{charts}</div></section>'
+
+
+def _losses(title: str, loss: Mapping[str, list[tuple[int, float]]]) -> str:
+    last = "; ".join(f"{name} ends at {points[-1][1]:.4f}" for name, points in loss.items())
+    words = Words(title, "step", "nats per token", last + ".")
+    some = [[n, f"{x}", f"{y:.5f}"] for n, points in loss.items() for x, y in points[:: max(1, len(points) // 20)]]
+    return chart(lines(words, loss), ("run", "step", "loss"), some)
 
 
 def _run(record: Record) -> str:

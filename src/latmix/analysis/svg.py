@@ -58,7 +58,8 @@ def lines(words: Words, series: Mapping[str, Points]) -> str:
             parts.append(f'<circle class="dot s{number % SERIES}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
     middle = (WIDTH + LEFT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(words.x)}</text>')
-    return _figure(words, "".join(parts), HEIGHT, {name: f"s{n % SERIES}" for n, name in enumerate(series)})
+    kinds = {name: f"s{n % SERIES}{' dashed' if n >= SERIES else ''}" for n, name in enumerate(series)}
+    return _figure(words, "".join(parts), HEIGHT, kinds)
 
 
 def pairs(words: Words, names: tuple[str, str], rows: Mapping[str, tuple[float, float]]) -> str:

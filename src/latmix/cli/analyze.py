@@ -65,19 +65,21 @@ def plan(
     """What fits where, and what quantizing will need here: from config.json alone, no weights are read."""
     found = make_plan(model, recipe, tuple(format or ()))
     title = f"{model}: {found.parameters:,} parameters, {found.quantized:,} of them in quantized linears"
-    table = Table(
-        "format", "on disk, GB", "weights in memory, GB", f"longest context in {device_memory:g} GB", title=title
-    )
+    table = Table("format", "on disk", "weights in memory", f"longest context in {device_memory:g} GB", title=title)
     for size in found.checkpoints:
         context = found.longest_context(size, device_memory * 1e9)
         fits = f"{context:,} tokens" if context else "does not fit"
-        table.add_row(size.format, f"{size.disk / 1e9:.3f}", f"{size.device / 1e9:.3f}", fits)
+        table.add_row(size.format, _bytes(size.disk), _bytes(size.device), fits)
     rich.print(table)
     print(f"Keys and values: {found.cache_per_token:,} bytes a token in bfloat16; longest context {found.longest:,}")
-    peak = max(found.work.peak.values()) / 1e9
+    peak = _bytes(max(found.work.peak.values()))
     minutes = sum(found.work.seconds.values()) / 60
-    print(f"{recipe} here: about {peak:.2f} GB of host memory at the peak")
-    print(f"and some {minutes:.1f} minutes if nothing else runs")
+    costs = f"about {peak} of host memory at the peak, some {minutes:.1f} minutes if nothing else runs"
+    print(f"{recipe} here: {costs}")
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.2f} MB"
 
 
 @app.command()
