@@ -67,24 +67,26 @@ class Scoring:
 
     def __init__(self, windows: Int[Tensor, "windows window"]) -> None:
         self._following, self._windows, self._at = windows[:, 1:].flatten(), len(windows), 0
-        self._nll, self._kl, self._agreement = list[Tensor](), list[Tensor](), list[Tensor]()
+        # room for all at once: small results that outlive large logits would keep the heap from reusing their place
+        self._nll, self._kl, self._agreement = (torch.empty(len(self._following)) for _ in range(3))
+        self._compared = False
 
     def add(self, got: Float[Tensor, "tokens vocabulary"], expected: Float[Tensor, "tokens vocabulary"] | None) -> None:
         """expected: the reference's logits, in every call or in none."""
-        following = self._following[self._at : self._at + len(got)].to(got.device)
-        self._at += len(got)
-        self._nll.append(F.cross_entropy(got.float(), following, reduction="none"))
+        these = slice(self._at, self._at + len(got))
+        self._at, self._compared = these.stop, expected is not None
+        self._nll[these] = F.cross_entropy(got.float(), self._following[these].to(got.device), reduction="none")
         if expected is not None:
-            self._kl.append(divergence(expected.float(), got.float()))
-            self._agreement.append((expected.argmax(-1) == got.argmax(-1)).double())
+            self._kl[these] = divergence(expected.float(), got.float())
+            self._agreement[these] = (expected.argmax(-1) == got.argmax(-1)).float()
 
     def scores(self) -> Scores:
         return Scores(
             perplexity=bootstrap(self._means(self._nll), exponential=True),
-            kl=bootstrap(self._means(self._kl)) if self._kl else None,
-            top1_agreement=bootstrap(self._means(self._agreement)) if self._agreement else None,
+            kl=bootstrap(self._means(self._kl)) if self._compared else None,
+            top1_agreement=bootstrap(self._means(self._agreement.double())) if self._compared else None,
         )
 
-    def _means(self, parts: list[Tensor]) -> Float[np.ndarray, " windows"]:
-        means: np.ndarray = torch.cat(parts).view(self._windows, -1).mean(1).double().cpu().numpy()
+    def _means(self, tokens: Float[Tensor, " tokens"]) -> Float[np.ndarray, " windows"]:
+        means: np.ndarray = tokens.view(self._windows, -1).mean(1).double().numpy()
         return means
