@@ -1,5 +1,6 @@
 """The tree of errors: its page is current, and the command line turns it into exit codes."""
 
+import re
 import runpy
 import signal
 import sys
@@ -18,6 +19,12 @@ def test_the_page_is_what_the_tree_says() -> None:
     page = runpy.run_path(str(ROOT / "scripts" / "errors_page.py"))["page"]()
     assert (ROOT / "docs" / "errors.md").read_text("utf-8") == page
     assert all(all(explained(kind)) for kind in tree())
+
+
+def test_the_root_of_the_tree_is_never_raised() -> None:
+    """What is raised says which kind it is; `type(error)(...)` says more about one that is."""
+    raised = re.compile(r"raise LatmixError\b")
+    assert not [file.name for file in (ROOT / "src").rglob("*.py") if raised.search(file.read_text("utf-8"))]
 
 
 @pytest.fixture

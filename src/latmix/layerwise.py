@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from latmix.errors import LatmixError
+from latmix.errors import DivergedError, InputError
 from latmix.model.attach import Attached
 from latmix.model.calibrate import Arguments, Stream
 from latmix.model.parts import layers
@@ -39,7 +39,7 @@ def learn_layers(
     if recipe.layerwise is None:
         return
     if any(attached.maps.folded(site.name, 0) is not None for site in attached.arch.sites if site.stream):
-        raise LatmixError("Layer-wise learning compares layers on the model's own stream; remove the stream's map.")
+        raise InputError("Layer-wise learning compares layers on the model's own stream; remove the stream's map.")
     stream = Stream(teacher, attached.arch, windows)
     students = layers(attached.model, attached.arch)
     progress.stage("learn layers", len(students))
@@ -71,7 +71,7 @@ def _learn_layer(
 ) -> float:
     """Mean squared error over the last epoch, in units of what the layer adds to the stream."""
     if not (parameters := [p for p in maps.parameters() if p.requires_grad]):
-        raise LatmixError("Layer-wise learning needs a learned map in every layer; set one in online or folded.")
+        raise InputError("Layer-wise learning needs a learned map in every layer; set one in online or folded.")
     unit = (leaving - entering).square().mean()
     optimizer = torch.optim.AdamW(parameters)
     steps, step, total = wish.epochs * math.ceil(len(entering) / wish.batch), 0, 0.0
@@ -89,5 +89,5 @@ def _learn_layer(
             optimizer.zero_grad()
             total += float(loss.detach()) * len(picked)
         if not math.isfinite(total):
-            raise LatmixError("Layer-wise learning diverged; choose a smaller layerwise.lr.")
+            raise DivergedError("Layer-wise learning diverged; choose a smaller layerwise.lr.")
     return total / len(entering)

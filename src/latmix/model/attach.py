@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latmix.archs import Arch
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.model.inputs import InputQuantizer, QuantizedInputs, quantize_inputs
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear
@@ -151,7 +151,7 @@ def attach(
     """Put maps, activation quantizers and (optionally) weight fake quantization on `model`, in place.
 
     The model's norm gains must have been absorbed (`latmix.model.fold.absorb_gains`).
-    Raises: LatmixError: a map's size does not fit its place.
+    Raises: InputError: a map's size does not fit its place.
     """
     heads, every = model.config.num_key_value_heads, layers(model, arch)
     for index, layer in enumerate(every):
@@ -193,7 +193,7 @@ def linear_maps(
     """(source, target) of one linear. The source includes the online transform of its input, which acts last.
 
     heads: number of KV heads, shared out over the queries where the linear is wider than its map.
-    Raises: LatmixError: a map's size does not fit the linear.
+    Raises: InputError: a map's size does not fit the linear.
     """
     found = layer.get_submodule(name)
     plain = found.linear if isinstance(found, MovedLinear) else linear(layer, name)
@@ -205,7 +205,7 @@ def linear_maps(
     source = Compose(acting) if len(acting) > 1 else acting[0] if acting else None
     for map, width in ((source, plain.in_features), (target, plain.out_features)):
         if map is not None and map.size != width:
-            raise LatmixError(f"The map at '{name}' has size {map.size}, the linear {width}.")
+            raise InputError(f"The map at '{name}' has size {map.size}, the linear {width}.")
     return source, target
 
 
