@@ -147,8 +147,9 @@ def measure(name: str, side: str, few: int | None) -> dict[str, float]:
     """One row. `few`: windows to calibrate and to measure on; None: all."""
     pair, original = PAIRS[name], load(DEMO_MODEL)
     recipe = pair.ours if few is None else override(pair.ours, {"calibration.windows": str(few)})
-    taught, _ = calibration_windows(read_text(CALIBRATION), original.tokenizer, recipe.calibration, original.longest)
-    seen = windows(read_text(EVALUATION), original.tokenizer, original.longest)[:few]
+    takes = original.longest, original.vocabulary
+    taught, _ = calibration_windows(read_text(CALIBRATION), original.tokenizer, recipe.calibration, *takes)
+    seen = windows(read_text(EVALUATION), original.tokenizer, *takes)[:few]
     began = time.perf_counter()
     if side == "peer":
         model = pair.run(load(DEMO_MODEL), taught).eval()

@@ -16,7 +16,7 @@ from latmix.numerics import parse_format
 
 loaded = load(DEMO_MODEL)
 absorb_gains(loaded.model, loaded.arch)
-ids = windows(read_text(CALIBRATION), loaded.tokenizer, 64)[:64]
+ids = windows(read_text(CALIBRATION), loaded.tokenizer, 64, loaded.vocabulary)[:64]
 
 # %% What the attention of layer 1 sees: half to learn from, half to measure on
 place, fmt = Place("qkv", 1), parse_format("mxfp4:scale=even")

@@ -17,7 +17,7 @@ from latmix.model.load import load, load_tokenizer
 from latmix.pipeline import restore
 from latmix.recipe import override
 from latmix.recipes import RECIPES, find
-from latmix.rundir import digest
+from latmix.seal import seal
 from tests.models import tiny
 from tests.texts import CALIBRATION, OTHER
 
@@ -41,13 +41,6 @@ def shards(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.glob("quantized-*.safetensors")}
 
 
-def signed(run: Path) -> None:
-    """Let the summary list the files as they are now."""
-    summary = json.loads((run / "summary.json").read_text())
-    files = {name: {"bytes": (run / name).stat().st_size, "sha256": digest(run / name)} for name in summary["files"]}
-    (run / "summary.json").write_text(json.dumps({**summary, "files": files}))
-
-
 def save_tiny(folder: Path, family: str = "llama", **options: object) -> Path:
     tiny(family, vocab_size=2048, **options).save_pretrained(folder)
     load_tokenizer(DEMO_MODEL).save_pretrained(folder)
@@ -64,7 +57,9 @@ def test_every_recipe_runs_and_reloads_exactly_as_measured(recipe: str, model: P
     run = latmix.quantize(model, tmp_path / "run", recipe, CALIBRATION, 0, settings(recipe))
     reloaded, original = restore(run.path), load(model)
     corpus = read_text(CALIBRATION)
-    _, held_out = calibration_windows(corpus, original.tokenizer, run.recipe.calibration, original.longest)
+    _, held_out = calibration_windows(
+        corpus, original.tokenizer, run.recipe.calibration, original.longest, original.vocabulary
+    )
     again = score(reloaded.model, held_out, original.model)
     measured = run.summary["held_out"]
     assert again.perplexity.mean == pytest.approx(measured["perplexity"]["mean"], rel=1e-5)
@@ -188,16 +183,16 @@ class TestBadInput:
         file = run.path / "quantized-layer-00000.safetensors"
         tensors, whole = load_file(file), file.read_bytes()
         save_file({key: value for key, value in tensors.items() if "down_proj.weight_scale" not in key}, file)
-        signed(run.path)
+        seal(run.path)
         with pytest.raises(latmix.LatmixError, match=r"lacks the tensor '.*down_proj.weight_scale'"):
             restore(run.path)
         save_file({**tensors, "extra": torch.zeros(1)}, file)
-        signed(run.path)
+        seal(run.path)
         with pytest.raises(latmix.LatmixError, match="holds 'extra', which does not fit"):
             restore(run.path)
         file.write_bytes(whole)
-        signed(run.path)
+        seal(run.path)
         (run.path / "transforms.safetensors").write_bytes(b"short")
-        signed(run.path)
+        seal(run.path)
         with pytest.raises(latmix.LatmixError, match="transforms in .* cannot be loaded"):
             restore(run.path)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from latmix.errors import BusyError, DamagedError, InputError, WriteError
 from latmix.pipeline import restore
 from latmix.recipe import override
 from latmix.recipes import find
-from latmix.workspace import LOCK, MAY_CHANGE, workspace
+from latmix.rundir import LOCK
+from latmix.seal import SUMS
+from latmix.workspace import MAY_CHANGE, workspace
 from tests.test_pipeline import save_tiny
 from tests.texts import CALIBRATION
 
@@ -186,6 +189,22 @@ class TestChanges:
         with pytest.raises(InputError, match="holds a run with model "):
             quantize(save_tiny(tmp_path / "other", intermediate_size=128), stopped)
 
+    def test_the_same_model_trained_further_is_refused(self, model: Path, stopped: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(model, tmp_path / "other"))
+        shard = bytearray((other / "model.safetensors").read_bytes())
+        shard[-1] ^= 1
+        (other / "model.safetensors").write_bytes(shard)
+        with pytest.raises(InputError, match="holds a run with model "):
+            quantize(other, stopped)
+
+    def test_another_tokenizer_is_refused(self, model: Path, stopped: Path, tmp_path: Path) -> None:
+        other = Path(shutil.copytree(model, tmp_path / "other"))
+        words = json.loads((other / "tokenizer.json").read_text())
+        words["model"]["merges"] = words["model"]["merges"][:-100]
+        (other / "tokenizer.json").write_text(json.dumps(words))
+        with pytest.raises(InputError, match="holds a run with tokens "):
+            quantize(other, stopped)
+
     def test_the_table_names_recipe_keys(self) -> None:
         known = {name for name, _ in _dotted(override(find("latmix-plus"), LEARNED))}
         assert {key.removeprefix("recipe.") for key in MAY_CHANGE} <= known
@@ -208,23 +227,38 @@ def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) ->
     assert (partial / "precious").read_text() == "kept"
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "lose", "add"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "lose"])
 def test_a_damaged_run_is_refused_by_the_name_of_the_file(damage: str, whole: dict[str, Path], tmp_path: Path) -> None:
+    """Whichever file it is."""
+    run = Path(shutil.copytree(whole["latmix-plus"], tmp_path / "run"))
+    names = {file.name for file in run.iterdir()}
+    assert {"config.json", "tokenizer.json", "recipe.json", "summary.json", "transforms.safetensors", SUMS} < names
+    for file in run.iterdir():
+        content = file.read_bytes()
+        if damage == "lose":
+            file.unlink()
+        else:
+            at = len(content) // 2
+            file.write_bytes(content[:at] + (b"" if damage == "cut" else bytes([content[at] ^ 1]) + content[at + 1 :]))
+        with pytest.raises(DamagedError, match=re.escape("damaged" if file.name == SUMS else file.name)):
+            restore(run)
+        file.write_bytes(content)
+    restore(run)
+
+
+def test_a_layer_that_no_checksum_covers_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole["block-hadamard"], tmp_path / "run"))
-    file = run / "quantized-layer-00001.safetensors"
-    whole_file = bytearray(file.read_bytes())
-    if damage == "cut":
-        file.write_bytes(whole_file[:-10])
-    elif damage == "flip":
-        whole_file[-100] ^= 4
-        file.write_bytes(whole_file)
-    elif damage == "lose":
-        file.unlink()
-    else:
-        shutil.copy(file, run / "quantized-layer-00007.safetensors")
-    name = "00007" if damage == "add" else "00001"
-    with pytest.raises(DamagedError, match=f"quantized-layer-{name}.safetensors"):
+    shutil.copy(run / "quantized-layer-00001.safetensors", run / "quantized-layer-00007.safetensors")
+    with pytest.raises(DamagedError, match=f"holds 'quantized-layer-00007.safetensors', which {SUMS} does not list"):
         restore(run)
+
+
+def test_the_checksums_are_those_of_sha256sum(whole: dict[str, Path]) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum")
+    run = whole["block-hadamard"]
+    done = subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=run, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(list(run.iterdir())) - 1
 
 
 def test_what_is_half_done_is_no_run(model: Path, tmp_path: Path, stop) -> None:

@@ -48,10 +48,12 @@ def read_text(path: Path | str, separator: str | None = None) -> Corpus:
     return Corpus(text, str(path), separator)
 
 
-def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int) -> Int[Tensor, "windows window"]:
-    """All full windows of the corpus.
+def windows(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int, vocabulary: int
+) -> Int[Tensor, "windows window"]:
+    """All full windows of the corpus, for a model that has `vocabulary` tokens.
 
-    Raises: LatmixError: the text is shorter than one window.
+    Raises: InputError: the text is shorter than one window, or the tokenizer makes tokens that the model does not have.
     """
     documents = [corpus.text] if corpus.separator is None else corpus.text.split(corpus.separator)
     bos = tokenizer.bos_token_id
@@ -66,18 +68,26 @@ def windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, window: int) -> 
             f"The text '{corpus.source}' is too short: its longest document holds {tokens} tokens, less than one "
             f"window of {window}."
         )
-    return torch.tensor(cut)
+    found = torch.tensor(cut)
+    if (largest := int(found.max())) >= vocabulary:
+        raise InputError(
+            f"The tokenizer makes token {largest} of the text '{corpus.source}', its model has {vocabulary} tokens: "
+            "give the tokenizer that belongs to it."
+        )
+    return found
 
 
 def calibration_windows(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, wish: Calibration, longest: int
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, wish: Calibration, longest: int, vocabulary: int
 ) -> tuple[Int[Tensor, "learn window"], Int[Tensor, "held_out window"]]:
     """Windows to learn from, spread evenly over the text, and the held-out ones, taken from its end.
 
-    Raises: LatmixError: the text is too short; says how many windows it holds.
+    longest, vocabulary: what the model takes.
+
+    Raises: LatmixError: the text is too short, and says how many windows it holds; or as `windows`.
     """
     window = min(wish.window, longest)
-    every = windows(corpus, tokenizer, window)
+    every = windows(corpus, tokenizer, window, vocabulary)
     if len(every) < wish.windows + wish.held_out:
         raise InputError(
             f"The calibration text '{corpus.source}' is too short: it holds {len(every)} windows of {window} tokens "

@@ -4,6 +4,7 @@ A stage is done when its result has its name in the workspace; a call that finds
 """
 
 import dataclasses
+import hashlib
 import os
 import platform
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from latmix import recipes, targets
@@ -37,7 +39,6 @@ from latmix.rundir import (
     RECIPE,
     SUMMARY,
     TRANSFORMS,
-    digest,
     is_run,
     partial_of,
     read_json,
@@ -107,7 +108,7 @@ def quantize(
     source = open_source(model)
     tokenizer = load_tokenizer(source.path)
     corpus = read_text(calibration or CALIBRATION, recipe.calibration.separator)
-    taught, held_out = calibration_windows(corpus, tokenizer, recipe.calibration, source.longest)
+    taught, held_out = calibration_windows(corpus, tokenizer, recipe.calibration, source.longest, source.vocabulary)
     recipe = targets.fit(recipe, layout_of(source.skeleton(), source.arch, recipe))
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     maps = _maps(source.arch, source.config, recipe)
@@ -115,7 +116,9 @@ def quantize(
     if helper:
         help_learning(task, recipe, Workspace(partial_of(out)))
         raise SystemExit(0)
-    inputs = {"model": source.digest(), "calibration": corpus.digest, "device": pick_device().type, **_versions()}
+    tokens = hashlib.sha256(torch.cat([taught, held_out]).numpy().tobytes()).hexdigest()  # another tokenizer makes others
+    inputs = {"model": source.digest(), "calibration": corpus.digest, "tokens": tokens}
+    inputs |= {"device": pick_device().type, **_versions()}
     with workspace(out, recipe, inputs) as space:
         if not (space.folder / SUMMARY).exists():
             stages = Stages(space.work / "stages.json")
@@ -158,7 +161,6 @@ def _convert(
     with stages.stage("save"):
         model = task.source.skeleton()
         checkpoint.describe(model, tokenizer, folder)
-        files = {path.name: _entry(path) for path in sorted(folder.glob(checkpoint.EVERY))}
         count = _quantized_weights(model, task.source.arch)
     change = measured and measured.float_change
     return {
@@ -167,7 +169,6 @@ def _convert(
         "float_change_kl": {"before": change if before is None else before, "after": change},
         "maps": conditions,
         **conversion.notes(),
-        "files": {**files, TRANSFORMS: _entry(folder / TRANSFORMS)},
         "stages": stages.costs,
         "kernels": kernels.status(),
     }
@@ -194,8 +195,8 @@ def evaluate(
     original = load(reference) if reference is not None else None
     if window is not None and not 2 <= window <= loaded.longest:
         raise InputError(f"A window of {window} tokens does not fit this model; choose from 2 to {loaded.longest}.")
-    cut = windows(corpus, loaded.tokenizer, window or min(LONGEST_WINDOW, loaded.longest))
-    if original and original.model.config.vocab_size != loaded.model.config.vocab_size:
+    cut = windows(corpus, loaded.tokenizer, window or min(LONGEST_WINDOW, loaded.longest), loaded.vocabulary)
+    if original and original.vocabulary != loaded.vocabulary:
         raise InputError(f"The reference '{reference}' has another vocabulary than '{target}'.")
     scores = score(loaded.model, cut, original.model if original else None)
     size = size_of(target, _quantized_weights(loaded.model, loaded.arch))
@@ -209,9 +210,10 @@ def restore(path: Path, rounded: bool = True) -> Loaded:
 
     Raises: LatmixError: the run is damaged.
     """
+    tensors = checkpoint.checked(path)
     recipe = recipes.find(str(path / RECIPE))
     activations = parse_format(recipe.activations)
-    loaded = checkpoint.restore(path, parse_format(recipe.weights))
+    loaded = checkpoint.restore(path, tensors, parse_format(recipe.weights))
     maps = _maps(loaded.arch, loaded.model.config, recipe)
     maps.restore(path / TRANSFORMS)
     quantize_inputs(loaded.model, loaded.arch, maps, activations if rounded else None)
@@ -225,10 +227,6 @@ def _maps(arch: Arch, config: PreTrainedConfig, recipe: Recipe) -> Maps:
 
 def _quantized_weights(model: PreTrainedModel, arch: Arch) -> int:
     return sum(place.weight.numel() for place in linears(model, arch).values())
-
-
-def _entry(path: Path) -> dict[str, int | str]:
-    return {"bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 def _versions() -> dict[str, str]:

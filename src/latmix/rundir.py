@@ -4,6 +4,7 @@ A file is written under another name, flushed to the disk and renamed, so one th
 process or the machine stops. Given up: folders that live on another file system than their parent.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -13,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from latmix.errors import DamagedError, InputError, WriteError
+from latmix.errors import BusyError, DamagedError, InputError, WriteError
 from latmix.typed import parsed
 
 RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
 METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
 INPUTS, LOG = "inputs.json", "log.txt"  # what the run is made from, by content; when it did what
+LOCK = "lock"  # held by who works in a folder
 
 
 def partial_of(out: Path) -> Path:
@@ -71,6 +73,20 @@ def written(path: Path) -> Iterator[Path]:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise WriteError(f"Cannot write '{path}': {error.strerror or error}.") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within, no other process works in the folder.
+
+    Raises: BusyError: one does.
+    """
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"Another process works in '{folder}'; wait for it, or choose another --out.") from None
+        yield
 
 
 def flush(path: Path) -> None:

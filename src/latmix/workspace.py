@@ -6,7 +6,6 @@ said in one table. The lock is the system's and ends with the process that holds
 run, and file systems without flock.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,11 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from latmix.errors import BusyError, DamagedError, DivergedError, InputError, LatmixError, WriteError
+from latmix.errors import DamagedError, DivergedError, InputError, LatmixError, WriteError
 from latmix.recipe import Recipe
-from latmix.rundir import INPUTS, RECIPE, flush, partial_of, read_json, write_json, write_text
+from latmix.rundir import INPUTS, LOCK, RECIPE, flush, locked, partial_of, read_json, write_json, write_text
+from latmix.seal import seal
 
-LOCK, WORK = "lock", "work"
+WORK = "work"
 LEARN, LAYERS, TUNE = "learn", "quantize", "tune"
 
 BEGUN: Mapping[str, str] = MappingProxyType(
@@ -77,7 +77,7 @@ def workspace(out: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> Iterator[
     kept = f"What is finished stays in '{space.folder}'; the same command goes on from there."
     try:
         space.work.mkdir(parents=True, exist_ok=True)
-        with _locked(space.folder / LOCK):
+        with locked(space.folder):
             partial_of(out)  # whoever had the lock may have finished
             _identify(space, recipe, inputs)
             try:
@@ -91,22 +91,11 @@ def workspace(out: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> Iterator[
                 raise
             shutil.rmtree(space.work)
             (space.folder / LOCK).unlink()
+            seal(space.folder)
             os.replace(space.folder, out)
             flush(out.parent)
     except OSError as error:
         raise WriteError(f"Cannot write to '{space.folder}': {error.strerror or error}. {kept}") from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"Another process works in '{path.parent}'; wait for it, or choose another --out."
-            ) from None
-        yield
 
 
 def _identify(space: Workspace, recipe: Recipe, inputs: Mapping[str, Any]) -> None:

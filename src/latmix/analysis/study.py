@@ -95,7 +95,7 @@ def halves(loaded: Loaded, corpus: Corpus, question: Question) -> tuple[Tensor, 
 
     Raises: LatmixError: the text is too short for two.
     """
-    every = windows(corpus, loaded.tokenizer, min(question.window, loaded.longest))
+    every = windows(corpus, loaded.tokenizer, min(question.window, loaded.longest), loaded.vocabulary)
     if len(every) < 2:
         raise InputError(f"The text '{corpus.source}' holds one window only; an analysis needs two halves.")
     half = len(every) // 2

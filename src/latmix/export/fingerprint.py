@@ -42,7 +42,7 @@ def take(source: Source, folder: Path) -> None:
     """Write the run's fingerprint into `folder`. Cost: `CONTINUE` + 1 passes over the run, a layer in memory."""
     model, tokenizer, text = Streamed(source), load_tokenizer(source.path), read_text(EVALUATION)
     window = min(WINDOW, int(source.config["max_position_embeddings"]) - CONTINUE)
-    ids = windows(text, tokenizer, window)[:WINDOWS]
+    ids = windows(text, tokenizer, window, int(source.config["vocab_size"]))[:WINDOWS]
     found: dict[str, list[Tensor]] = {"target": [], "target_weights_only": [], "top_ids": [], "top": []}
     for row, rounded, alone in zip(ids, *model.hidden((ids, True), (ids, False)), strict=True):
         logprobs = model.logprobs(rounded[:-1])

@@ -14,15 +14,16 @@ from typing import Any
 from latmix.errors import DamagedError, InputError
 from latmix.export import card, fingerprint
 from latmix.export.base import EXPORTS
-from latmix.export.shards import PLAN, begin, finish, plan_of
+from latmix.export.shards import filling, plan_of
 from latmix.export.source import Source, open_run
 from latmix.model.shards import is_bare
-from latmix.rundir import INPUTS, LOG, METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, digest, read_json, write_json
+from latmix.rundir import INPUTS, LOCK, LOG, METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, digest, read_json, write_json
+from latmix.seal import SUMS
 from latmix.targets import TARGETS, refuse
 
 MANIFEST, VERSION = "latmix.json", 1
-LATER = (MANIFEST, PLAN, card.CARD, card.VERDICT)  # not under checksums: written, or written again, at the end
-OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, INPUTS, LOG, "config.json")
+LATER = (MANIFEST, LOCK, card.CARD, card.VERDICT)  # not under checksums: written, or written again, at the end
+OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, INPUTS, LOG, SUMS, "config.json")
 
 
 def export(run: Path, to: str, out: Path) -> Path:
@@ -35,15 +36,14 @@ def export(run: Path, to: str, out: Path) -> Path:
     target, exporter = TARGETS[to], EXPORTS[to]
     source = open_run(run)
     refuse(target, source.layout, source.recipe)
-    folder = begin(out, plan_of(run, to, version("latmix")))
-    exporter.write(source, folder)
-    for file in sorted(run.iterdir()):
-        if file.is_file() and file.name not in OURS and not file.name.startswith("quantized"):
-            shutil.copyfile(file, folder / file.name)
-    fingerprint.take(source, folder)
-    write_json(folder / MANIFEST, _manifest(source, to, exporter.engines(source), folder))
-    card.write(folder, out)
-    finish(folder, out)
+    with filling(out, plan_of(run, to, version("latmix"))) as folder:
+        exporter.write(source, folder)
+        for file in sorted(run.iterdir()):
+            if file.is_file() and file.name not in OURS and not file.name.startswith("quantized"):
+                shutil.copyfile(file, folder / file.name)
+        fingerprint.take(source, folder)
+        write_json(folder / MANIFEST, _manifest(source, to, exporter.engines(source), folder))
+        card.write(folder, out)
     return out
 
 

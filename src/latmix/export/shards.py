@@ -7,17 +7,19 @@ A shard that has its name is whole (`rundir.written`). What the folder is being 
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from latmix.errors import InputError
+from latmix.errors import InputError, WriteError
 from latmix.model.tensors import Rows, write
-from latmix.rundir import digest, read_json, write_json
+from latmix.rundir import LOCK, digest, flush, locked, partial_of, read_json, write_json
 
 SHARD = 2**31
 """Bytes in a shard, at most (a larger tensor has a shard of its own)."""
@@ -42,26 +44,36 @@ class Piece:
         return Rows(self.shape, self.dtype, (make() for make in (self.make,)))
 
 
-def begin(out: Path, plan: Any) -> Path:
-    """The folder `OUT.partial` to fill: new, or that of a killed export with the same plan.
+@contextmanager
+def filling(out: Path, plan: Any) -> Iterator[Path]:
+    """The folder `OUT.partial` to fill, new or that of a killed export with the same plan; at the end it becomes `out`.
 
-    Raises: LatmixError: `out` exists, or the partial folder is another export's.
+    Raises: LatmixError: `out` exists, the partial folder is another export's, another process works in it, or it cannot
+        be written.
     """
-    if out.exists():
-        raise InputError(f"The output folder '{out}' exists; choose another --out or remove it.")
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    if any(partial.iterdir()) and (not (partial / PLAN).exists() or read_json(partial / PLAN) != plan):
-        raise InputError(f"'{partial}' is another export's, or of a run that has changed since; remove it first.")
+    partial = partial_of(out)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            partial_of(out)  # whoever had the lock may have finished
+            _identify(partial, plan)
+            yield partial
+            (partial / LOCK).unlink()
+            os.replace(partial, out)
+            flush(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"Cannot write to '{partial}': {error}. The same command goes on from there.") from error
+
+
+def _identify(partial: Path, plan: Any) -> None:
+    if (partial / PLAN).exists():
+        if read_json(partial / PLAN) != plan:
+            raise InputError(f"'{partial}' is another export's, or of a run that has changed since; remove it first.")
+    elif strange := [path.name for path in partial.iterdir() if path.name != LOCK and path.suffix != ".tmp"]:
+        raise InputError(f"'{partial}' holds '{strange[0]}' but no {PLAN}: it is no export of latmix; remove it first.")
     for leaving in partial.glob(".*.tmp"):  # of a process that was killed in the middle of a file
         leaving.unlink()
     write_json(partial / PLAN, plan)
-    return partial
-
-
-def finish(partial: Path, out: Path) -> None:
-    (partial / PLAN).unlink()
-    os.replace(partial, out)
 
 
 def write_shards(pieces: list[Piece], folder: Path, limit: int = SHARD) -> None:

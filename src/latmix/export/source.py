@@ -63,13 +63,12 @@ def open_run(path: Path) -> Source:
     """Raises: LatmixError: no run, or a run whose tensors are damaged, missing or of other shapes than it says."""
     if not is_run(path):
         raise InputError(f"'{path}' is not a run directory; make one with latmix quantize MODEL --out RUN.")
-    recipe, arch = recipes.find(str(path / RECIPE)), read_arch(path)
-    config = read_config(path)
+    tensors = checked(path)
+    recipe, arch, config = recipes.find(str(path / RECIPE)), read_arch(path), read_config(path)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     block = (activations or weights).block
     maps = build_maps(arch, config, recipe.folded, recipe.online, block=block, seed=recipe.seed)
     maps.restore(path / TRANSFORMS)
-    tensors = checked(path)
     shapes = {name: stored.shape for name, stored in tensors.stored.items()}
     prefix = f"{arch.layers}.0."
     widths = {}

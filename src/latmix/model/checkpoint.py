@@ -3,14 +3,12 @@
 A file for the embedding, one for each decoder layer, one for final norm and head. Per quantized linear `P`:
 `P.weight_packed` (uint8 codes, 4-bit ones two to a byte), `P.weight_scale` (uint8, one per block),
 `P.weight_global_scale` (float32, formats with a tensor scale), `P.bias`. No file is called `model.safetensors`, so
-nothing loads one as a plain checkpoint by mistake. The run's summary lists the files with size and SHA-256; a file that
-differs is refused.
+nothing loads one as a plain checkpoint by mistake. A run is sealed (`latmix.seal`); a file that differs is refused.
 """
 
 import copy
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -25,7 +23,7 @@ from latmix.model.parts import layers, linear
 from latmix.model.source import pick_device, read_arch, read_config, skeleton
 from latmix.model.tensors import Rows, Tensors, rows, write
 from latmix.numerics import BlockFormat, Quantized, decode, pack, unpack
-from latmix.rundir import SUMMARY, digest, read_json
+from latmix.seal import SUMS, unsealed
 
 EMBEDDING, HEAD, EVERY = "quantized-embedding.safetensors", "quantized-head.safetensors", "quantized-*.safetensors"
 KEPT = torch.bfloat16  # embedding, norms, head and biases
@@ -119,31 +117,20 @@ def checked(run: Path) -> Tensors:
 
     Raises: DamagedError: a file is missing, cut short, changed or strange.
     """
-    summary = read_json(run / SUMMARY)
-    listed: Any = summary.get("files") if isinstance(summary, dict) else None
-    if not isinstance(listed, dict):
-        raise DamagedError(f"'{run / SUMMARY}' lists no files; make the run again.")
-    for name, entry in listed.items():
-        file = run / name
-        if not file.is_file():
-            raise DamagedError(f"The run '{run}' is incomplete: '{name}' is missing.")
-        if file.stat().st_size != entry["bytes"]:
-            raise DamagedError(f"'{file}' is cut short or changed: {file.stat().st_size} bytes of {entry['bytes']}.")
-        if digest(file) != entry["sha256"]:
-            raise DamagedError(f"'{file}' is damaged: its SHA-256 is not the one in {SUMMARY}.")
-    files = sorted(run.glob(EVERY))
+    listed, files = unsealed(run), sorted(run.glob(EVERY))
     if strange := [file.name for file in files if file.name not in listed]:
-        raise DamagedError(f"The run '{run}' holds '{strange[0]}', which its summary does not list.")
+        raise DamagedError(f"The run '{run}' holds '{strange[0]}', which {SUMS} does not list.")
     return Tensors.of(files)
 
 
-def restore(run: Path, format: BlockFormat) -> Loaded:
+def restore(run: Path, tensors: Tensors, format: BlockFormat) -> Loaded:
     """The model of a run, its weights decoded to float32; its inputs are not yet quantized.
 
-    Raises: DamagedError: a file is damaged, or a tensor missing, left over or of another shape.
+    tensors: of the run, `checked`.
+
+    Raises: DamagedError: a tensor is missing, left over or of another shape.
     """
-    arch, config = read_arch(run), read_config(run)
-    tensors, model = checked(run), skeleton(run, config)
+    arch, model = read_arch(run), skeleton(run, read_config(run))
     assemble(model, arch, tensors, format)
     return Loaded(model, arch, load_tokenizer(run), run)
 

@@ -30,6 +30,11 @@ class Loaded:
         """The longest sequence the model was made for, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has."""
+        return int(self.model.config.vocab_size)
+
 
 def load(path: Path | str) -> Loaded:
     """Raises: LatmixError: no such folder, no or broken config, unknown architecture, missing, truncated or non-finite

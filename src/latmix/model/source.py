@@ -23,7 +23,7 @@ from latmix.errors import DamagedError, InputError
 from latmix.model.shards import stored_tensors
 from latmix.model.sizes import check_config
 from latmix.model.tensors import FLOATS, Tensors
-from latmix.rundir import read_json
+from latmix.rundir import digest, read_json
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Source:
     def longest(self) -> int:
         """The longest sequence the model was made for, in tokens."""
         return int(self.config.max_position_embeddings)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has."""
+        return int(self.config.vocab_size)
 
     @property
     def layers(self) -> int:
@@ -94,11 +99,12 @@ class Source:
             empty(module)
 
     def digest(self) -> str:
-        """SHA-256 of the config and of what the headers say: names, dtypes, shapes, files. Given up: the tensors'
-        own bytes, which would cost as much as reading all of them."""
+        """SHA-256 of the config, of which file each tensor is in, and of those files: a model that was trained further
+        under the same name is another model. Cost: one pass over all of them, a second for a gigabyte or two."""
         config = read_json(self.path / "config.json")
-        stored = {name: (s.shard.name, s.dtype, s.shape) for name, s in sorted(self.tensors.stored.items())}
-        return hashlib.sha256(json.dumps([config, stored], sort_keys=True).encode()).hexdigest()
+        places = {name: stored.shard.name for name, stored in self.tensors.stored.items()}
+        shards = {shard.name: digest(shard) for shard in {stored.shard for stored in self.tensors.stored.values()}}
+        return hashlib.sha256(json.dumps([config, places, shards], sort_keys=True).encode()).hexdigest()
 
 
 def open_source(path: Path | str) -> Source:
