@@ -246,6 +246,20 @@ def test_a_damaged_run_is_refused_by_the_name_of_the_file(damage: str, whole: di
     restore(run)
 
 
+@pytest.mark.parametrize("name", ["transforms.safetensors", "work/taught.1", "inputs.json", "work/stages.json"])
+def test_a_damaged_half_done_run_is_refused(name: str, model: Path, tmp_path: Path, stop) -> None:
+    stop(14, Killed())
+    with pytest.raises(Killed):
+        quantize(model, tmp_path / "run")
+    stop(-1, Killed())
+    file = tmp_path / "run.partial" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedError, match=rf"{name}' is not what was written there; remove '.*run\.partial'"):
+        quantize(model, tmp_path / "run")
+
+
 def test_a_layer_that_no_checksum_covers_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole["block-hadamard"], tmp_path / "run"))
     shutil.copy(run / "quantized-layer-00001.safetensors", run / "quantized-layer-00007.safetensors")

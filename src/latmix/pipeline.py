@@ -116,7 +116,9 @@ def quantize(
     if helper:
         help_learning(task, recipe, Workspace(partial_of(out)))
         raise SystemExit(0)
-    tokens = hashlib.sha256(torch.cat([taught, held_out]).numpy().tobytes()).hexdigest()  # another tokenizer makes others
+    tokens = hashlib.sha256(
+        torch.cat([taught, held_out]).numpy().tobytes()
+    ).hexdigest()  # another tokenizer makes others
     inputs = {"model": source.digest(), "calibration": corpus.digest, "tokens": tokens}
     inputs |= {"device": pick_device().type, **_versions()}
     with workspace(out, recipe, inputs) as space:

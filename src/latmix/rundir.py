@@ -20,7 +20,7 @@ from latmix.typed import parsed
 RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
 METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
 INPUTS, LOG = "inputs.json", "log.txt"  # what the run is made from, by content; when it did what
-LOCK = "lock"  # held by who works in a folder
+LOCK, JOURNAL = "lock", "journal"  # held by who works in a folder; checksums of what was written there so far
 
 
 def partial_of(out: Path) -> Path:
@@ -68,11 +68,22 @@ def written(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         flush(temporary)
+        note(path, digest(temporary))
         os.replace(temporary, path)
         flush(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise WriteError(f"Cannot write '{path}': {error.strerror or error}.") from error
+
+
+def note(path: Path, checksum: str) -> None:
+    """Into the journal of the folder that is being filled, where there is one (`latmix.workspace`)."""
+    for folder in path.parents[:2]:
+        if (folder / JOURNAL).exists():
+            with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
+                journal.write(f"{checksum}  {path.relative_to(folder)}\n")
+                journal.flush()
+                os.fsync(journal.fileno())
 
 
 @contextmanager

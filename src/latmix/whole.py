@@ -27,7 +27,7 @@ from latmix.model.tensors import Tensors
 from latmix.numerics import Quantized
 from latmix.progress import Progress
 from latmix.recipe import Recipe
-from latmix.rundir import METRICS, TRANSFORMS, TUNING, read_json, write_json
+from latmix.rundir import METRICS, TRANSFORMS, TUNING, digest, note, read_json, write_json
 from latmix.workspace import LEARN, TUNE, Workspace
 
 
@@ -50,6 +50,7 @@ def learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress, sn
             with ranks.together():
                 _learn(task, recipe, space, progress, noted, snapshot)
         maps.save(file)
+        _keep(space.folder / METRICS)
     return read_json(noted) if noted.exists() else None
 
 
@@ -84,6 +85,7 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
             arguments = (teacher, task.taught, task.held_out, recipe.tuning, recipe.seed, record, space.snapshot(TUNE))
             quantized = tune(student, arch, quantized, unrounded, *arguments)
         checkpoint.save(student, arch, quantized, space.folder)
+        _keep(space.folder / TUNING)
     student, _ = _quantized(task, space.folder)
     return score(student, task.held_out, teacher)
 
@@ -95,6 +97,12 @@ def _quantized(task: Task, shards: Path) -> tuple[PreTrainedModel, dict[str, Qua
     quantized = checkpoint.assemble(model, source.arch, tensors, task.weights)
     quantize_inputs(model, source.arch, task.maps, task.activations)
     return model, quantized
+
+
+def _keep(curve: Path) -> None:
+    """A curve that is not written again is under checksum from now on."""
+    if curve.exists():
+        note(curve, digest(curve))
 
 
 @contextmanager
