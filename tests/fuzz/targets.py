@@ -186,6 +186,17 @@ def _binary(data: bytes, folder: Path) -> object:
     return _data(data, folder)
 
 
+def several(data: bytes, *names: str) -> dict[str, bytes]:
+    """Files by name, from a JSON object that holds them; what is none is the first file. A curve is a line a step."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {names[0]: data}
+    held = {name: found[name] for name in names if name in found} if isinstance(found, dict) else {}
+    lines = {name: value if name == METRICS and isinstance(value, list) else [value] for name, value in held.items()}
+    return {name: "\n".join(map(json.dumps, each)).encode() for name, each in lines.items()} or {names[0]: data}
+
+
 MODEL_FILES = {
     name: json.loads((DEMO_MODEL / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")
 }
@@ -201,17 +212,15 @@ SMALL["model"]["merges"] = SMALL["model"]["merges"][:5]
     cost=20,
 )
 def _tokenizer(data: bytes, folder: Path) -> object:
-    files = json.loads(data)
-    for name in MODEL_FILES:
-        if isinstance(files, dict) and name in files:
-            (folder / name).write_text(json.dumps(files[name]))
+    for name, words in several(data, *MODEL_FILES).items():
+        (folder / name).write_bytes(words)
     (folder / "config.json").write_text(json.dumps(CONFIGS[0]))
     return load_tokenizer(folder)
 
 
 CELL = {"mean": 1.0, "low": 0.5, "high": 1.5}
 RUN = {
-    RECIPE: json.loads(RECIPES["gptq"]().to_json()),
+    RECIPE: json.loads(RECIPES["latmix-lu"]().to_json()),
     SUMMARY: {
         "recipe": "0123456789ab",
         "held_out": {"perplexity": CELL, "kl": CELL, "top1_agreement": CELL},
@@ -231,11 +240,8 @@ RUN = {
 
 @target("run directories in a report", JSON, [RUN], cost=3)
 def _report(data: bytes, folder: Path) -> object:
-    files = json.loads(data)
-    for name in (RECIPE, SUMMARY, METRICS) if isinstance(files, dict) else ():
-        if name in files:
-            lines = files[name] if name == METRICS and isinstance(files[name], list) else [files[name]]
-            (folder / name).write_text("\n".join(json.dumps(line) for line in lines))
+    for name, words in several(data, RECIPE, SUMMARY, METRICS).items():
+        (folder / name).write_bytes(words)
     return report([folder], folder / "report.html")
 
 
