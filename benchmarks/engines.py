@@ -6,7 +6,8 @@
 Every preset is made for every target: as it is where the target can serve that, otherwise without what the target has
 no place for (a column says what was changed), and what a target refuses is a row that says why. The model is the one
 that ships with latmix; `--models` adds folders. Texts, windows and tokens are those of the export's fingerprint.
-Without `--engines` only transformers runs. A finished run or export is not made again (`--runs` keeps them).
+Without `--engines` only transformers runs. What is finished (a run, an export, an answer) is not made again (`--runs`
+keeps it).
 """
 
 import argparse
@@ -60,10 +61,16 @@ def changed(wished: Recipe, recipe: Recipe) -> str:
     """What the target left out, as settings."""
     found = []
     before, after = dataclasses.asdict(wished), dataclasses.asdict(recipe)
-    for key in ("folded", "online", "layerwise", "tuning"):
+    for key in ("folded", "online", "tuning"):
         old, new = before[key] or {}, after[key] or {}
-        found += [f"{key}.{name}={new.get(name)}" for name, value in old.items() if new.get(name) != value]
-    return " ".join(found).replace("|", "") or "nothing"
+        found += [f"{key}.{name}={spelled(new.get(name))}" for name, value in old.items() if new.get(name) != value]
+    found += ["layerwise=none"] if wished.layerwise and not recipe.layerwise else []
+    return " ".join(found) or "nothing"
+
+
+def spelled(value: object) -> str:
+    """As `--set` reads it."""
+    return "none" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def made(model: Path, recipe: Recipe, to: str, args: argparse.Namespace) -> Path:
@@ -85,8 +92,15 @@ def full_precision(model: Path, folder: Path) -> torch.Tensor:
     return torch.stack(each).log_softmax(-1)
 
 
-def row(model: Path, to: str, engine: str, folder: Path, python: str | None) -> str:
-    """What the engine answered, in columns. Raises: LatmixError: the engine cannot run it."""
+def row(model: Path, engine: str, folder: Path, python: str | None) -> str:
+    """What the engine answered, in columns, asked once. Raises: LatmixError: the engine cannot run it."""
+    known = folder.with_name(f"{folder.name}-{engine}.row")
+    if not known.exists():
+        known.write_text(answered(model, engine, folder, python), "utf-8")
+    return known.read_text("utf-8")
+
+
+def answered(model: Path, engine: str, folder: Path, python: str | None) -> str:
     kept = fingerprint.read(folder)
     answer = ask(folder, engine, kept.request, python)
     verdict = judge(kept, answer, engine)
@@ -116,7 +130,7 @@ def rows(model: Path, recipe: str, changes: dict[str, str], args: argparse.Names
             folder = made(model, made_for, to, args)
             manifest = exports.open_export(folder)
             if engine in manifest["engines"]:
-                found.append(f"{start}{change} | " + row(model, to, engine, folder, python))
+                found.append(f"{start}{change} | " + row(model, engine, folder, python))
             else:
                 why = "it ignores online transforms" if engine == "transformers" else "on a CPU it has no place for it"
                 found.append(f"{start}{change} | {engine}: refused, {why}{empty}")
@@ -157,7 +171,7 @@ def main() -> None:
 Every recipe made for every target (seed {args.seed}; "changed for it" is what the target left out, without which it
 refuses the run), exported, loaded by the engine, asked for the same {fingerprint.WINDOWS} windows of at most
 {fingerprint.WINDOW} tokens of text that no run saw. This page compares engines, not recipes: learning is as short as
-the command says. "W4A4" and "W4A16" are
+the command says (`latmix-plus` at its defaults is in the [guide](../guide/serving.md)). "W4A4" and "W4A16" are
 the run's own perplexity with and without rounded activations (with MXFP8, W8A8 and W8A16), "KL" is to full precision,
 "KL to run" to the run's own answers, in nats per token. All in float32. vLLM's arithmetic for these formats is that of
 the plugin in `tests/engines`, for its CPU platform has none. llama.cpp rounds activations to 8 bits, so it has to lie

@@ -74,9 +74,9 @@ def killed(run: Path, to: str, whole: Path, seconds: float) -> list[str]:
     }
     moments["in the fingerprint"] = _after(total, seconds)
     for name, moment in moments.items():
-        out = whole.with_name("killed")
+        out = whole.with_name("export")  # the model card names its folder
         exported(run, to, out, moment)
-        left = tensors(out.with_name("killed.partial")) if not out.exists() else total
+        left = tensors(out.with_name("export.partial"))
         if out.exists():
             sys.exit(f"The export to '{to}' was done before it was killed ({name}).")
         exported(run, to, out)
@@ -115,7 +115,8 @@ def main() -> None:
         for to in EXPORTS:
             whole = args.folder / "whole"
             shutil.rmtree(whole, ignore_errors=True)
-            took = exported(run, to, whole)
+            took = exported(run, to, args.folder / "export")
+            (args.folder / "export").rename(whole)
             bytes_ = weight_of(whole, read_json(whole / "latmix.json")).bytes
             layer = max(file.stat().st_size for file in run.glob("quantized-layer-*.safetensors"))
             cells = [f"{number / 2**20:.0f}" for number in (bytes_, layer, took["VmHWM"], took["RssAnon"])]

@@ -146,6 +146,11 @@ def test_formats_that_engines_lack_are_refused(
         runs("rtn", **changes, target="compressed-tensors")
 
 
+def test_activations_that_share_a_scale_over_the_batch_are_served_by_nothing(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(latmix.LatmixError, match="one scale over the whole batch"):
+        exports.export(runs("rtn", weights="nvfp4", activations="nvfp4"), "transformers", tmp_path / "out")
+
+
 def test_widths_that_no_block_divides_are_refused_before_anything_is_learned(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", intermediate_size=172)
     with pytest.raises(latmix.LatmixError, match="cannot serve this: a linear's input width of 172"):

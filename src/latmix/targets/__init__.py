@@ -107,12 +107,16 @@ def _gguf(layout: Layout, recipe: Recipe) -> list[Refusal]:
 
 
 def _transformers(layout: Layout, recipe: Recipe) -> list[Refusal]:
-    return []
+    """Under a scale for a whole tensor what is rounded depends on what else is in the batch: no engine can agree."""
+    if layout.activations is None or layout.activations.scale_element == "e8m0":
+        return []
+    reason = f"activations in {layout.activations} share one scale over the whole batch, so that answers depend on it"
+    return [Refusal(reason, {"activations": "none"})]
 
 
 for _target in (
     Target("compressed-tensors", "vLLM, and transformers where nothing runs online", _compressed_tensors),
-    Target("transformers", "transformers after `import latmix`; every recipe", _transformers),
+    Target("transformers", "transformers after `import latmix`; every recipe, but no nvfp4 activations", _transformers),
     Target("gguf", "llama.cpp; dense MXFP4 and biases, nothing online", _gguf),
 ):
     TARGETS.add(_target.name, _target)
