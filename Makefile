@@ -1,9 +1,10 @@
 # `make demo` sets up and quantizes the embedded model; `make test` sets up and runs every check and test, and
-# builds the documentation, which fails on any broken link; `make docs` does that alone, into site/.
+# builds the documentation, which fails on any broken link; `make docs` does that alone, into site/. `make test-engines`
+# makes the environments of vLLM and llama.cpp (half an hour, once) and runs exports in them.
 PYTHON ?= python3
 export OMP_WAIT_POLICY = PASSIVE  # a spinning OpenMP barrier costs milliseconds a region on shared cores
 
-.PHONY: demo test docs
+.PHONY: demo test test-engines docs
 
 demo: .venv/installed
 	.venv/bin/latmix demo
@@ -15,6 +16,10 @@ test: .venv/installed-dev
 	.venv/bin/lint-imports
 	.venv/bin/mkdocs build --strict --quiet --site-dir .venv/site
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
+
+test-engines: .venv/installed-dev
+	scripts/engines.sh .venv/engines
+	OMP_NUM_THREADS=1 .venv/bin/pytest tests/test_engines.py --engines .venv/engines
 
 docs: .venv/installed-docs
 	.venv/bin/mkdocs build --strict

@@ -14,6 +14,7 @@ from tests.texts import CALIBRATION
 
 SMALL = {"calibration.windows": "8", "calibration.held_out": "2", "calibration.window": "128"}
 LEARNED = SMALL | {"learning.steps": "2", "learning.batch": "2"}
+TUNED = SMALL | {"tuning.steps": "4", "tuning.batch": "2", "tuning.evaluate_every": "4", "tuning.codes": "false"}
 CT = {"target": "compressed-tensors"}
 MXFP8 = {"weights": "mxfp8_e4m3", "activations": "mxfp8_e4m3:scale=rceil"}
 pytestmark = pytest.mark.engines
@@ -26,10 +27,12 @@ pytestmark = pytest.mark.engines
         ("quarot", SMALL, "vllm"),
         ("latmix-lu", LEARNED | CT, "vllm"),
         ("latmix-lu", LEARNED | CT | {"online.down": "none"}, "vllm"),
+        ("latmix-plus", TUNED | CT, "vllm"),
         ("block-hadamard", SMALL | {"activations": "none"}, "vllm"),
         ("rtn", SMALL | MXFP8, "vllm"),
         ("rtn", SMALL, "llama"),
         ("latmix-lu", LEARNED | {"target": "gguf"}, "llama"),
+        ("latmix-plus", TUNED | {"target": "gguf"}, "llama"),
     ],
 )
 def test_engine_agrees(recipe: str, settings: dict[str, str], engine: str, engines: Path, tmp_path: Path) -> None:
