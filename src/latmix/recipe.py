@@ -111,6 +111,7 @@ class Tuning(Distillation):
     """Tuning of what is free at inference, after the weights are quantized.
 
     Attributes:
+        lr: peak learning rate of gains and biases; of embedding and head in units of their root mean square.
         kept: parts in full precision that learn: "gains", "embedding", "head".
         biases: inputs of the architecture (qkv, o, gate_up, down) whose readers get a bias that learns.
         codes: every code may move to a neighbour on the grid, every scale by a power of two (`latmix.model.latent`).
