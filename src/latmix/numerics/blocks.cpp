@@ -46,6 +46,13 @@ static inline void store(float x, bfloat16& out) {  // to nearest even; a NaN th
 static inline int32_t magnitude(float x) { return as<int32_t>(x) & 0x7fffffff; }
 static inline int32_t sign(float x) { return as<int32_t>(x) & INT32_MIN; }
 
+static inline int32_t largest(const bfloat16* x, int64_t block) {
+    uint16_t top = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < block; i++) top = std::max<uint16_t>(top, x[i].bits & 0x7fff);
+    return top << 16;
+}
+
 template <class T>
 static inline int32_t largest(const T* x, int64_t block) {
     int32_t top = 0;
@@ -86,17 +93,30 @@ static inline void tile(const T* x, const float* given, int count, const Format&
     for (int b = 0; b < count; b++) each(b, scales[b], inverses[b]);
 }
 
+static inline void put(float x, float, float& out) { out = x; }
+static inline void put(float x, float, bfloat16& out) { store(x, out); }
+static inline void put(float x, bfloat16, bfloat16& out) { out.bits = as<uint32_t>(x) >> 16; }
+
 template <class T, class U>
-static inline void quantize(const T* x, U* out, int count, const Format& f) {
+static inline void quantize_as(const T* x, U* out, int count, const Format& f) {
     tile(x, nullptr, count, f, [=, &f](int b, float scale, float inverse) {
         const T* from = x + b * f.block;
         U* to = out + b * f.block;
 #pragma omp simd
         for (int64_t i = 0; i < f.block; i++) {
             float y = wide(from[i]) * inverse;
-            store(with_sign(nearest(y, f), y, f) * scale, to[i]);
+            put(with_sign(nearest(y, f), y, f) * scale, from[i], to[i]);
         }
     });
+}
+
+template <class T, class U>
+static inline void quantize(const T* x, U* out, int count, const Format& f) {
+    if (f.block == 32 && !f.away && !f.complement) {
+        Format usual = f;
+        usual.block = 32, usual.away = usual.complement = 0;
+        quantize_as(x, out, count, usual);
+    } else quantize_as(x, out, count, f);
 }
 
 template <class T>
