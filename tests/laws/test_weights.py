@@ -135,10 +135,12 @@ def test_the_kernel_rounds_a_panel_as_one_column_after_another_does(fmt: BlockFo
     """The same values, but where sums in another order end on two sides of a tie: not seen on these numbers."""
     columns, out = 40, 150
     weight, feedback = gaussian(columns, out).float(), gaussian(columns, columns, seed=1).float() / 8
-    scales = choose_scales(weight.t(), fmt).repeat_interleave(fmt.block, 1)[:, :columns].t()
-    arguments = (weight, weight + 0.1, feedback, scales, fmt)
-    (values, error), (expected, expected_error) = round_columns(*arguments), one_by_one(*arguments)
+    scales = choose_scales(weight.t(), fmt).repeat_interleave(fmt.block, 1)[:, :columns].t().contiguous()
+    values, error, expected, expected_error = weight.clone(), weight.clone(), weight.clone(), weight.clone()
+    round_columns(values, weight + 0.1, feedback, scales, error, fmt)
+    one_by_one(expected, weight + 0.1, feedback, scales, expected_error, fmt)
     assert "C++" in kernels.status() and torch.equal(values, expected) and torch.equal(error, expected_error)
+    torch.testing.assert_close(weight - values, error)
 
 
 def test_bfloat16_is_quantized_as_its_float32_copy_and_units_do_not_matter() -> None:

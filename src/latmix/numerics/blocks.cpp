@@ -193,10 +193,10 @@ static void gradient(const T* g, const T* x, const T* q, T* out, int64_t blocks,
 
 // GPTQ within a panel of columns: column c rounds wanted[c] + sum over j < c of feedback[c, j] * error[j], which makes
 // error[c]. Columns are contiguous, and rows know nothing of each other: a strip of them at a time, whose errors fit the
-// nearest cache. `wanted` becomes the rounded values. Scales may be any numbers.
+// nearest cache. `weight` becomes the rounded values. Scales may be any numbers.
 constexpr int STRIP = 64;
 
-static inline void strip(const float* weight, float* wanted, float* error, const float* feedback, const float* scales,
+static inline void strip(float* weight, const float* wanted, float* error, const float* feedback, const float* scales,
                          int64_t columns, int64_t rows, int count, float* errors, const Format& f) {
     for (int64_t c = 0; c < columns; c++) {
         float target[STRIP];
@@ -207,15 +207,15 @@ static inline void strip(const float* weight, float* wanted, float* error, const
         for (int r = 0; r < count; r++) {
             float scale = scales[c * rows + r], y = target[r] / scale;
             float rounded = with_sign(nearest(y, f), y, f) * scale;
-            wanted[c * rows + r] = rounded;
             error[c * rows + r] = errors[c * STRIP + r] = weight[c * rows + r] - rounded;
+            weight[c * rows + r] = rounded;
         }
     }
 }
 
 extern "C" {
 
-void latmix_columns(const float* weight, float* wanted, float* error, const float* feedback, const float* scales,
+void latmix_columns(float* weight, const float* wanted, float* error, const float* feedback, const float* scales,
                     int64_t columns, int64_t rows, const Format* f, int threads) {
 #pragma omp parallel num_threads(threads)
     {

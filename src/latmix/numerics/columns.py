@@ -16,9 +16,11 @@ def round_columns(
     wanted: Float[Tensor, "columns out"],
     feedback: Float[Tensor, "columns columns"],
     scales: Float[Tensor, "columns out"],
+    error: Float[Tensor, "columns out"],
     fmt: BlockFormat,
-) -> tuple[Float[Tensor, "columns out"], Float[Tensor, "columns out"]]:
-    """The rounded values of a panel, and their errors `weight` - values. A column of the weight is a row here.
+) -> None:
+    """Put the rounded values of a panel in the place of `weight`, and `weight` - values into `error`. A column of the
+    weight is a row here; all of it is contiguous.
 
     Args:
         wanted: the weight, plus the feedback of earlier panels.
@@ -27,21 +29,18 @@ def round_columns(
 
     Cost: out·columns²/2 multiply-adds. Float32 on a CPU takes one kernel, which adds the errors up in another order.
     """
-    tensors = (weight, wanted, feedback, scales)
-    if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
-        by_kernel = attempt("C++", native.round_columns, *(tensor.contiguous() for tensor in tensors), fmt)
-        if by_kernel is not None:
-            return by_kernel
-    return one_by_one(*tensors, fmt)
+    tensors = (weight, wanted, feedback, scales, error)
+    by_hand = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    if not (by_hand and attempt("C++", native.round_columns, *tensors, fmt)):
+        one_by_one(*tensors, fmt)
 
 
 def one_by_one(
-    weight: Tensor, wanted: Tensor, feedback: Tensor, scales: Tensor, fmt: BlockFormat
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, wanted: Tensor, feedback: Tensor, scales: Tensor, error: Tensor, fmt: BlockFormat
+) -> None:
     """The reference of `round_columns`."""
-    values, error = torch.empty_like(wanted), torch.empty_like(wanted)
     for i in range(len(weight)):
         target = torch.addmv(wanted[i], error[:i].t(), feedback[i, :i])
-        values[i] = round_to_element(target / scales[i], fmt.element, fmt.rounding) * scales[i]
-        torch.sub(weight[i], values[i], out=error[i])
-    return values, error
+        values = round_to_element(target / scales[i], fmt.element, fmt.rounding) * scales[i]
+        torch.sub(weight[i], values, out=error[i])
+        weight[i] = values

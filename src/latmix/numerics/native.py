@@ -127,14 +127,14 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def round_columns(
-    weight: Tensor, wanted: Tensor, feedback: Tensor, scales: Tensor, fmt: BlockFormat
-) -> tuple[Tensor, Tensor]:
-    values, error = wanted.clone(memory_format=torch.contiguous_format), torch.empty_like(wanted)
+    weight: Tensor, wanted: Tensor, feedback: Tensor, scales: Tensor, error: Tensor, fmt: BlockFormat
+) -> bool:
+    """In place; True, as a sign that it was done."""
     columns, rows = weight.shape
-    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, values, error, feedback, scales))
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, wanted, error, feedback, scales))
     sizes = (ctypes.c_int64(columns), ctypes.c_int64(rows), ctypes.byref(constants(fmt)), torch.get_num_threads())
     library().latmix_columns(*pointers, *sizes)
-    return values, error
+    return True
 
 
 def _call(name: str, first: Tensor, *others: Tensor | None, fmt: BlockFormat) -> None:

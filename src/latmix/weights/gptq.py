@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from latmix.errors import FailedError, InputError
@@ -53,8 +53,8 @@ class GPTQ(WeightQuantizer):
         LatmixError: settings out of range; no Hessian, or one of another size, or not finite, or not positive definite
             at the damping limit; a weight that is not finite.
     Cost: n³/3 + out·n²/2 multiply-adds; off the CPU, and for a float64 weight, n steps of about 20 small operations
-        besides. 24 n² bytes for the factor, which is taken in float64; three more copies of the weight, in float32
-        (float64 for a float64 weight).
+        besides. 16 n² bytes for the factor, which is taken in float64; three more copies of the
+        weight, in float32 (float64 for a float64 weight).
     """
 
     act_order: bool = True
@@ -90,8 +90,8 @@ class GPTQ(WeightQuantizer):
         order = torch.arange(len(diagonal), device=weight.device)
         if self.act_order:
             order = diagonal.argsort(descending=True, stable=True)
-        feedback = _feedback(hessian, order, self.damping, wide.dtype)
-        values = _round_columns(wide, scales, feedback, order, format, self.columns)
+        factor = _factor(hessian, order, self.damping)
+        values = _round_columns(wide, scales, factor, order, format, self.columns)
         return dataclasses.replace(encode(values, format, scales, tensor_scale), dtype=weight.dtype)
 
 
@@ -99,10 +99,15 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
     n = weight.shape[-1]
     if hessian.shape != (n, n):
         raise InputError(f"gptq: the Hessian is {tuple(hessian.shape)}; a weight of {n} inputs needs ({n}, {n}).")
-    if not hessian.isfinite().all():
+    if not _finite(hessian):
         raise FailedError("gptq: the Hessian holds NaN or Inf; the calibration activations overflowed.")
-    if not weight.isfinite().all():
+    if not _finite(weight):
         raise FailedError("gptq: the weight holds NaN or Inf.")
+
+
+def _finite(matrix: Tensor) -> bool:
+    """In one pass that writes nothing: extremes of what holds NaN are NaN."""
+    return bool(torch.stack(torch.aminmax(matrix)).isfinite().all())
 
 
 def _unit(diagonal: Float[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -111,13 +116,8 @@ def _unit(diagonal: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     return torch.where(mean == 0, torch.ones_like(mean), mean)
 
 
-def _feedback(
-    hessian: Float[Tensor, "n n"], order: Int[Tensor, " n"], damping: float, dtype: torch.dtype
-) -> Float[Tensor, "n n"]:
-    """Nᵀ of H = N D Nᵀ in processing order; row i weights the errors of the columns before i. Taken in float64.
-
-    The Cholesky factor of a matrix read backwards is lower triangular; read forwards again it is the upper one wanted.
-    """
+def _factor(hessian: Float[Tensor, "n n"], order: Int[Tensor, " n"], damping: float) -> Float64[Tensor, "n n"]:
+    """L of H = L Lᵀ, the last column to be processed first: read forwards again, the N of H = N D Nᵀ, but for D."""
     last_first = order.flip(0)
     damped = hessian.index_select(0, last_first).index_select(1, last_first).double()  # faster than both at once
     diagonal, unit, grown = damped.diagonal().clone(), _unit(damped.diagonal()), damping
@@ -127,31 +127,42 @@ def _feedback(
         if not failed:
             if grown > damping:
                 warnings.warn(MoreDamping(grown), stacklevel=3)
-            backwards: Tensor = factor.div_(factor.diagonal().clone()).to(dtype)
-            return backwards.flip(0, 1).t()
+            found: Tensor = factor
+            return found
         grown *= 10
     raise FailedError(f"gptq: the Hessian is not positive definite, even with damping grown to {DAMPING_LIMIT:g}.")
+
+
+def _feedback(
+    factor: Float64[Tensor, "n n"], start: int, stop: int, dtype: torch.dtype
+) -> Float[Tensor, "columns {stop}"]:
+    """Rows from start to stop of Nᵀ in processing order; row i weights the errors of the columns before i. Made for
+    each panel anew, where it stays in a cache: the whole of it would be another n² numbers, in memory fresh from the
+    system."""
+    first, last = len(factor) - stop, len(factor) - start
+    backwards = factor[first:, first:last] / factor.diagonal()[first:last]
+    return backwards.to(dtype).flip(0, 1).t().contiguous()
 
 
 def _round_columns(
     weight: Float[Tensor, "out n"],
     scales: Float[Tensor, "out blocks"],
-    feedback: Float[Tensor, "n n"],
+    factor: Float64[Tensor, "n n"],
     order: Int[Tensor, " n"],
     format: BlockFormat,
     columns: int,
 ) -> Float[Tensor, "out n"]:
-    """The quantized values. Works on the transpose: a column of the weight is then contiguous."""
-    values = weight.index_select(1, order).t().contiguous()
+    """The quantized values. Works on the transpose, in place: a column of the weight is then contiguous."""
+    values = weight.t().contiguous().index_select(0, order)
     error = torch.empty_like(values)
     scale_rows, block_of = scales.t().contiguous(), order // format.block
     for start in range(0, len(values), columns):
-        panel = slice(start, start + columns)
-        wanted = torch.addmm(values[panel], feedback[panel, :start], error[:start])
-        values[panel], error[panel] = round_columns(
-            values[panel], wanted, feedback[panel, panel].contiguous(), scale_rows[block_of[panel]], format
-        )
-    return values.t().contiguous().index_select(1, order.argsort())
+        stop = min(start + columns, len(values))
+        panel, feedback = slice(start, stop), _feedback(factor, start, stop, values.dtype)
+        wanted = torch.addmm(values[panel], feedback[:, :start], error[:start])
+        here = feedback[:, start:].contiguous()
+        round_columns(values[panel], wanted, here, scale_rows[block_of[panel]], error[panel], format)
+    return values.index_select(0, order.argsort()).t().contiguous()
 
 
 WEIGHT_QUANTIZERS.add("gptq", GPTQ)
