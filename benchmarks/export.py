@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", default=["0.5B", "1B"], help="the first one is killed, too")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--targets", nargs="*", default=list(EXPORTS))
     parser.add_argument("--folder", type=Path, default=Path("benchmark-runs/scaling"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -112,7 +114,7 @@ def main() -> None:
         run = args.folder / f"export-{size}-{args.layers}"
         if not run.exists():
             latmix.quantize(model, run, "rtn", settings=scaling.SETTINGS)
-        for to in EXPORTS:
+        for to in args.targets:
             whole = args.folder / "whole"
             shutil.rmtree(whole, ignore_errors=True)
             took = exported(run, to, args.folder / "export")
@@ -125,14 +127,17 @@ def main() -> None:
             if size == args.sizes[0]:
                 kills += killed(run, to, whole, took["seconds"])
     about = f"{datetime.date.today()}, {platform.machine()}, torch {torch.__version__}"
-    args.out.write_text(PAGE.format(about=about, memory="\n".join(memory), kills="\n".join(kills)), "utf-8")
+    command = shlex.join(["python", "benchmarks/export.py", *sys.argv[1:]])
+    args.out.write_text(
+        PAGE.format(about=about, command=command, memory="\n".join(memory), kills="\n".join(kills)), "utf-8"
+    )
 
 
 PAGE = """# Exports: memory, and what kills do
 
 {about}. Other processes ran beside. Regenerate:
 
-    python benchmarks/export.py --out docs/results/export.md
+    {command}
 
 Random weights, real shapes. "Layer": the largest layer's file in the run, 7.5 times as much in float32. "Resident"
 counts the pages of mapped files, which the system may drop; "anonymous" is what has to be there, Python and its
