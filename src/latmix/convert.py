@@ -81,8 +81,10 @@ class Conversion:
         """Do what is not done yet. Raises: LatmixError: bad numbers, a quantizer that failed, a full disk."""
         with evaluated_once(self.maps.shared()), evaluated_once(self.wide.shared()):
             if not (self.shards / EMBEDDING).exists():
+                progress.stage("embedding", 1)
                 with self.stages.stage("fold"):
                     write_embedding(self.source, self.wide, self.shards / EMBEDDING)
+                progress.advance("folded")
             left = [index for index in range(len(self.layers)) if not (self.shards / layer_file(index)).exists()]
             progress.stage("quantize", len(left))
             for index in left:
@@ -93,8 +95,10 @@ class Conversion:
                 self.stages.save()
                 progress.advance(f"layer {index}")
             if not (self.shards / HEAD).exists():
+                progress.stage("head", 1)
                 with self.stages.stage("fold"):
                     write_head(self.source, self.wide, self.shards / HEAD)
+                progress.advance("folded")
 
     def measured(self) -> Measured | None:
         """None where there are no held-out windows."""

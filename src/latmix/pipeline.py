@@ -182,6 +182,7 @@ def evaluate(
     reference: Path | str | None = None,
     window: int | None = None,
     separator: str | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Measure a run, or a plain Hugging Face model, on a text; with `reference`, against that model.
 
@@ -200,7 +201,7 @@ def evaluate(
     cut = windows(corpus, loaded.tokenizer, window or min(LONGEST_WINDOW, loaded.longest), loaded.vocabulary)
     if original and original.vocabulary != loaded.vocabulary:
         raise InputError(f"The reference '{reference}' has another vocabulary than '{target}'.")
-    scores = score(loaded.model, cut, original.model if original else None)
+    scores = score(loaded.model, cut, original.model if original else None, progress=progress)
     size = size_of(target, _quantized_weights(loaded.model, loaded.arch))
     return Evaluation(
         scores.perplexity, scores.kl, scores.top1_agreement, size.bytes, size.bits_per_weight, str(text), *cut.shape

@@ -69,7 +69,8 @@ def evaluate(
 ) -> None:
     """Perplexity of a model or run; with --reference also KL and top-1 agreement. Intervals: bootstrap over windows."""
     between = None if separator is None else separator.replace("\\n", "\n")
-    result = latmix.evaluate(target, text, reference, window, between)
+    with TerminalProgress() as progress:
+        result = latmix.evaluate(target, text, reference, window, between, progress)
     values = dataclasses.asdict(result)
     if json is not None:
         rundir.write_json(json, values)

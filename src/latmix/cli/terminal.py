@@ -4,9 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import rich
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 
 from latmix.errors import InputError
 from latmix.progress import Progress
@@ -28,6 +37,14 @@ def settings(pairs: list[str], flag: str = "--set") -> dict[str, str]:
     return dict((pair.partition("=")[0], pair.partition("=")[2]) for pair in pairs)
 
 
+class Pace(ProgressColumn):
+    """Seconds that a unit takes."""
+
+    def render(self, task: Task) -> str:
+        speed = task.finished_speed or task.speed
+        return f"{1 / speed:.3g} s each" if speed else ""
+
+
 class TerminalProgress(Progress):
     """One bar a stage, on standard error."""
 
@@ -36,6 +53,7 @@ class TerminalProgress(Progress):
         self._bar = Bar(
             *columns,
             TimeRemainingColumn(),
+            Pace(Column(no_wrap=True)),
             TextColumn("{task.fields[note]}"),
             console=rich.console.Console(stderr=True),
         )

@@ -16,8 +16,8 @@ from latmix.comparison.plan import Cell, Measures, cells, split_text
 from latmix.comparison.pool import default_jobs, run_cells
 from latmix.comparison.results import Row, collect
 from latmix.errors import InputError
-from latmix.progress import Progress
-from latmix.rundir import write_json, write_text
+from latmix.progress import Logged, Progress
+from latmix.rundir import LOG, write_json, write_text
 
 TABLE = "table"
 
@@ -84,6 +84,8 @@ def compare(
     measures = Measures(str(text), texts.separator, window, tuple(tasks), data, dict(task_options or {}))
     planned = cells(Path(model), names, out, seeds, calibration, measures, settings)
     missing = [cell for cell in planned if not cell.finished]
+    out.mkdir(parents=True, exist_ok=True)
+    progress = Logged(progress, out / LOG)
     progress.stage("cells", len(planned))
     for _ in range(len(planned) - len(missing)):
         progress.advance()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latmix.distill import divergence
+from latmix.progress import Progress
 
 RESAMPLES, COVERAGE = 1000, 0.95
 
@@ -52,13 +53,16 @@ def score(
     windows: Int[Tensor, "windows window"],
     reference: PreTrainedModel | None = None,
     batch: int = 8,
+    progress: Progress | None = None,
 ) -> Scores:
     """Cost: one forward of the model, and of the reference, per window."""
-    scoring = Scoring(windows)
-    for ids in windows.to(model.device).split(batch):
+    scoring, batches, progress = Scoring(windows), windows.to(model.device).split(batch), progress or Progress()
+    progress.stage("evaluate", len(batches))
+    for ids in batches:
         got = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         expected = None if reference is None else reference(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         scoring.add(got, expected)
+        progress.advance()
     return scoring.scores()
 
 
