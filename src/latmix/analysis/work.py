@@ -33,7 +33,7 @@ SCORED, LEARNED = (
     {"kl": 8, "cross-entropy": 4},
 )  # tensors of the size of the logits at once: measured, learned from
 SLOWER, START = 2, 6.0  # rounding, attention and small operations take as long as the products; seconds of imports
-HESSIAN = 32  # bytes for each of its numbers: H, damped, factor and its mirror image, half of them in float64
+HESSIAN = 20  # bytes for each of its numbers: H in float32, damped and its factor in float64
 ROUNDED = 7  # float32 copies of a linear while it is folded or rounded
 
 
