@@ -218,6 +218,19 @@ def _dotted(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _dotted(part, f"{prefix}{field.name}.")
 
 
+def test_a_file_that_is_written_again_takes_the_leavings_of_the_killed_away(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f".result.json.{dead.pid}.tmp", f".result.json.{os.getppid()}.tmp", ".result.json.mine.tmp"):
+        (tmp_path / name).write_text("half")
+    rundir.write_json(tmp_path / "result.json", [])
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "result.json",
+        f".result.json.{os.getppid()}.tmp",
+        ".result.json.mine.tmp",
+    }
+
+
 def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) -> None:
     partial = tmp_path / "run.partial"
     partial.mkdir()

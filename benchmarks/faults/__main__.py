@@ -42,6 +42,7 @@ on and ended in the same bytes as an undisturbed one, times aside. Regenerate:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", action="store_true", help="of all: a minute instead of half an hour")
+    parser.add_argument("--jobs", nargs="*", default=[""], help="only jobs whose names hold one of these words")
     parser.add_argument("--kills", type=int, default=1, help="kills of each job, at a moment and at a file operation")
     parser.add_argument("--others", type=int, default=1, help="trials of every other fault on each job")
     parser.add_argument("--minutes", type=float, default=1000.0, help="begin no trial later")
@@ -53,6 +54,7 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), wish.seed, wish.minutes, wish.sample)
+        campaign.works = [work for work in campaign.works if any(word in work.name for word in wish.jobs)]
         kills(campaign, wish.kills)
         for fault in (signals, full_disk, together, damaged, bad_numbers):
             fault(campaign, wish.others)

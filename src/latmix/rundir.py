@@ -5,6 +5,7 @@ process or the machine stops. Given up: folders that live on another file system
 """
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -71,9 +72,22 @@ def written(path: Path) -> Iterator[Path]:
         note(path, digest(temporary))
         os.replace(temporary, path)
         flush(path.parent)
+        _sweep(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise WriteError(f"Cannot write '{path}': {error.strerror or error}.") from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of this file."""
+    for leaving in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = leaving.suffixes[-2].removeprefix(".")
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            leaving.unlink(missing_ok=True)
+        except (ValueError, PermissionError, OverflowError):  # no process's, or somebody else's
+            continue
 
 
 def note(path: Path, checksum: str) -> None:
