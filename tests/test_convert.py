@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import latmix
+from latmix import convert
 from latmix.archs import ARCHS
 from latmix.convert import Conversion, Task
 from latmix.errors import FailedError, InputError
@@ -78,6 +79,24 @@ def test_without_calibration_and_measurement_no_activation_is_computed(
         assert all(torch.equal(tensor, other[key]) for key, tensor in ours.items())
     with pytest.raises(InputError, match=r"calibration.held_out' is 0; learning needs"):
         quantize(model, tmp_path / "learned", "latmix-lu", **{"calibration.held_out": "0"})
+
+
+def test_where_no_activation_is_computed_linears_that_share_a_scale_are_in_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, right = list[int](), convert.fold_reader
+
+    def watched(layer: torch.nn.Module, *rest: object, **options: object) -> None:
+        there.append(sum(not layer.get_submodule(name).weight.is_meta for name in LLAMA.linears))
+        right(layer, *rest, **options)
+
+    monkeypatch.setattr(convert, "fold_reader", watched)
+    alone = {"quantizer": "rtn", "calibration.held_out": "0"}
+    quantize(model, tmp_path / "alone", **alone)
+    assert there == [1] * 14
+    there.clear()
+    quantize(model, tmp_path / "together", **alone, weights="nvfp4", activations="none")
+    assert there == [3, 3, 3, 1, 2, 2, 1] * 2
 
 
 def test_a_wrong_fold_is_found_before_anything_is_written(
