@@ -136,10 +136,10 @@ def together(campaign: Campaign, count: int) -> None:
             with campaign.fresh() as folder:
                 out, other = folder / "out", campaign.folder / "second"
                 other.mkdir(exist_ok=True)
-                first, (stage, seconds) = campaign.start(work.job(out), folder), campaign.moment(work)
-                if stage == "start" or first.wait(stage):
-                    first.wait(seconds=seconds)
-                if first.code is None and list(folder.glob("out.partial/*.json")):  # it has the lock
+                first = campaign.start(work.job(out), folder)
+                while first.wait(seconds=0.005) and not list(folder.glob("out.partial/*.json")):
+                    continue  # until it has the lock
+                if first.wait(seconds=campaign.random.random() / 10):
                     os.kill(first.pid, signal.SIGSTOP)
                     second = campaign.start(work.job(out), other)
                     refused = second.end() in (1, 2) and ("Another process" in second.words or out.exists())
