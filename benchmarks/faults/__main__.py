@@ -19,6 +19,8 @@ from benchmarks.faults.stops import full_disk, kills, signals, together  # noqa:
 
 from latmix.numerics import native  # noqa: E402
 
+FAULTS = {fault.__name__: fault for fault in (signals, full_disk, together, damaged, bad_numbers)}
+
 
 def page(campaign: Campaign, arguments: list[str], minutes: float) -> str:
     tried, survived = campaign.tried, campaign.survived
@@ -44,6 +46,7 @@ def main() -> int:
     parser.add_argument("--sample", action="store_true", help="of all: a minute instead of half an hour")
     parser.add_argument("--jobs", nargs="*", default=[""], help="only jobs whose names hold one of these words")
     parser.add_argument("--kills", type=int, default=1, help="kills of each job, at a moment and at a file operation")
+    parser.add_argument("--faults", nargs="*", default=FAULTS, choices=FAULTS, help="the other faults; all of them")
     parser.add_argument("--others", type=int, default=1, help="trials of every other fault on each job")
     parser.add_argument("--minutes", type=float, default=1000.0, help="begin no trial later")
     parser.add_argument("--seed", type=int, default=0)
@@ -56,8 +59,8 @@ def main() -> int:
         campaign = Campaign(Path(folder), wish.seed, wish.minutes, wish.sample)
         campaign.works = [work for work in campaign.works if any(word in work.name for word in wish.jobs)]
         kills(campaign, wish.kills)
-        for fault in (signals, full_disk, together, damaged, bad_numbers):
-            fault(campaign, wish.others)
+        for name in wish.faults:
+            FAULTS[name](campaign, wish.others)
     print(text := page(campaign, sys.argv[1:], (time.monotonic() - began) / 60))
     if wish.out:
         wish.out.write_text(text, "utf-8")
