@@ -20,8 +20,7 @@ from latmix.errors import BusyError, DamagedError, InputError, WriteError
 from latmix.pipeline import restore
 from latmix.recipe import override
 from latmix.recipes import find
-from latmix.rundir import LOCK
-from latmix.seal import SUMS
+from latmix.rundir import LOCK, SUMS
 from latmix.workspace import MAY_CHANGE, workspace
 from tests.test_pipeline import save_tiny
 from tests.texts import CALIBRATION
@@ -253,6 +252,7 @@ def test_a_damaged_run_is_refused_by_the_name_of_the_file(damage: str, whole: di
         else:
             at = len(content) // 2
             file.write_bytes(content[:at] + (b"" if damage == "cut" else bytes([content[at] ^ 1]) + content[at + 1 :]))
+        assert rundir.is_run(run)
         with pytest.raises(DamagedError, match=re.escape("damaged" if file.name == SUMS else file.name)):
             restore(run)
         file.write_bytes(content)

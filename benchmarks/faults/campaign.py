@@ -21,8 +21,7 @@ from tests.test_pipeline import save_tiny
 from latmix import export
 from latmix.assets import CALIBRATION, EVALUATION
 from latmix.cli import main as program
-from latmix.rundir import LOG, SUMMARY
-from latmix.seal import SUMS
+from latmix.rundir import LOG, SUMMARY, SUMS
 
 CALIBRATED = {"calibration.windows": "4", "calibration.held_out": "2", "calibration.window": "32"}
 LEARNING = {f"learning.{key}": value for key, value in (("steps", "6"), ("batch", "2"), ("evaluate_every", "2"))}

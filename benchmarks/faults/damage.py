@@ -10,8 +10,7 @@ from benchmarks.faults.stops import at_an_operation
 
 import latmix
 from latmix.export.folder import LATER, open_export
-from latmix.rundir import read_json
-from latmix.seal import SUMS
+from latmix.rundir import SUMS, read_json
 
 
 def damage(campaign: Campaign, files: list[Path]) -> tuple[Path, str]:

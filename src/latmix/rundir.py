@@ -21,6 +21,7 @@ from latmix.typed import parsed
 RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
 METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
 INPUTS, LOG = "inputs.json", "log.txt"  # what the run is made from, by content; when it did what
+SUMS = "SHA256SUMS"  # of a finished run (`latmix.seal`)
 LOCK, JOURNAL = "lock", "journal"  # held by who works in a folder; checksums of what was written there so far
 
 
@@ -151,5 +152,5 @@ def digest(path: Path) -> str:
 
 
 def is_run(path: Path) -> bool:
-    """A finished run: its summary is what was written last."""
-    return (path / SUMMARY).is_file() and (path / RECIPE).is_file()
+    """A finished run, if perhaps a damaged one: its summary and its checksums are what was written last."""
+    return (path / SUMMARY).is_file() or (path / SUMS).is_file()

@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 
 from latmix.errors import DamagedError
-from latmix.rundir import digest, write_text
+from latmix.rundir import SUMS, digest, write_text
 
-SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 

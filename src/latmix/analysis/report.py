@@ -69,7 +69,7 @@ def names(runs: Sequence[Path]) -> list[str]:
 def read(run: Path, name: str) -> Record:
     """Raises: LatmixError: not a run, or damaged."""
     if not is_run(run):
-        raise InputError(f"'{run}' is not a run directory: it has no {RECIPE}.")
+        raise InputError(f"'{run}' is not a run directory: it has no {SUMMARY}.")
     curves = {title: _steps(run / file) for title, file in CURVES.items()}
     recipe, summary = (read_json(run / name) for name in (RECIPE, SUMMARY))
     if not isinstance(recipe, dict) or not isinstance(summary, dict):

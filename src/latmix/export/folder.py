@@ -17,8 +17,20 @@ from latmix.export.base import EXPORTS
 from latmix.export.shards import filling, plan_of
 from latmix.export.source import Source, open_run
 from latmix.model.shards import is_bare
-from latmix.rundir import INPUTS, LOCK, LOG, METRICS, RECIPE, SUMMARY, TRANSFORMS, TUNING, digest, read_json, write_json
-from latmix.seal import SUMS
+from latmix.rundir import (
+    INPUTS,
+    LOCK,
+    LOG,
+    METRICS,
+    RECIPE,
+    SUMMARY,
+    SUMS,
+    TRANSFORMS,
+    TUNING,
+    digest,
+    read_json,
+    write_json,
+)
 from latmix.targets import TARGETS, refuse
 
 MANIFEST, VERSION = "latmix.json", 1

@@ -23,7 +23,8 @@ from latmix.model.parts import layers, linear
 from latmix.model.source import pick_device, read_arch, read_config, skeleton
 from latmix.model.tensors import Rows, Tensors, rows, write
 from latmix.numerics import BlockFormat, Quantized, decode, pack, unpack
-from latmix.seal import SUMS, unsealed
+from latmix.rundir import SUMS
+from latmix.seal import unsealed
 
 EMBEDDING, HEAD, EVERY = "quantized-embedding.safetensors", "quantized-head.safetensors", "quantized-*.safetensors"
 KEPT = torch.bfloat16  # embedding, norms, head and biases
