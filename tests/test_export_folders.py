@@ -1,6 +1,7 @@
 """Exported folders: our quantizer loads them, killed exports resume, damage is noticed and named."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,24 @@ class TestFolders:
             raise KeyboardInterrupt
         out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
         assert not list(out.glob(".*"))
+
+    def test_a_fingerprint_is_written_whole_or_not_at_all(
+        self, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replace = os.replace
+
+        def killed(old: Path, new: Path) -> None:
+            if Path(new).name == fingerprint.FILE:
+                raise KeyboardInterrupt
+            replace(old, new)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        assert not (tmp_path / "out.partial" / fingerprint.FILE).exists()
+        assert list((tmp_path / "out.partial").glob(".*.tmp"))
+        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        assert not list(out.glob(".*")) and fingerprint.FILE in exports.open_export(out)["files"]
 
     def test_another_exports_leavings_are_not_resumed(self, runs: Runs, tmp_path: Path) -> None:
         (tmp_path / "out.partial").mkdir()

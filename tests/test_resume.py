@@ -17,6 +17,7 @@ import pytest
 import latmix
 from latmix import rundir
 from latmix.errors import BusyError, DamagedError, InputError, WriteError
+from latmix.numerics import kernels
 from latmix.pipeline import restore
 from latmix.recipe import override
 from latmix.recipes import find
@@ -271,6 +272,25 @@ def test_a_damaged_half_done_run_is_refused(name: str, model: Path, tmp_path: Pa
     file.write_bytes(content)
     with pytest.raises(DamagedError, match=rf"{name}' is not what was written there; remove '.*run\.partial'"):
         quantize(model, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_config_and_tokenizer_of_a_half_done_run_are_under_checksum(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed() -> dict[str, object]:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(kernels, "status", killed)  # asked for last
+        quantize(model, tmp_path / "run")
+    file = tmp_path / "run.partial" / name
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"e", b"f", 1))
+    with pytest.raises(DamagedError, match=f"{name}' is not what was written there"):
+        quantize(model, tmp_path / "run")
+    file.write_bytes(content)
+    assert quantize(model, tmp_path / "run").path == tmp_path / "run"
 
 
 def test_a_layer_that_no_checksum_covers_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def _convert(
             scores = tuned(task, recipe, space, progress)
     with stages.stage("save"):
         model = task.source.skeleton()
-        checkpoint.describe(model, tokenizer, folder)
+        checkpoint.describe(model, tokenizer, folder, space.work)
         count = _quantized_weights(model, task.source.arch)
     change = measured and measured.float_change
     return {

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from latmix.assets import EVALUATION
@@ -22,6 +21,7 @@ from latmix.errors import DamagedError
 from latmix.export.source import Source
 from latmix.export.streamed import Streamed
 from latmix.model.load import load_tokenizer
+from latmix.model.tensors import write
 
 FILE = "latmix.fingerprint"
 """A safetensors file by another name: vLLM takes every `*.safetensors` of a folder for weights."""
@@ -39,7 +39,10 @@ class Fingerprint:
 
 @torch.no_grad()
 def take(source: Source, folder: Path) -> None:
-    """Write the run's fingerprint into `folder`. Cost: `CONTINUE` + 1 passes over the run, a layer in memory."""
+    """Write the run's fingerprint into `folder`. Cost: `CONTINUE` + 1 passes over the run, a layer in memory.
+
+    Raises: WriteError: the file cannot be written.
+    """
     model, tokenizer, text = Streamed(source), load_tokenizer(source.path), read_text(EVALUATION)
     window = min(WINDOW, int(source.config["max_position_embeddings"]) - CONTINUE)
     ids = windows(text, tokenizer, window, int(source.config["vocab_size"]))[:WINDOWS]
@@ -58,7 +61,7 @@ def take(source: Source, folder: Path) -> None:
         "tokens": torch.tensor(tokenizer(beginning)["input_ids"]),
     }
     stacked = {name: torch.stack(rows) for name, rows in found.items()}
-    save_file(once | stacked, folder / FILE, metadata={"text": json.dumps(beginning)})
+    write(folder / FILE, once | stacked, {"text": json.dumps(beginning)})
 
 
 def read(folder: Path) -> Fingerprint:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from latmix.errors import InputError, WriteError
@@ -61,7 +60,7 @@ def filling(out: Path, plan: Any) -> Iterator[Path]:
             (partial / LOCK).unlink()
             os.replace(partial, out)
             flush(out.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise WriteError(f"Cannot write to '{partial}': {error}. The same command goes on from there.") from error
 
 

@@ -7,6 +7,8 @@ nothing loads one as a plain checkpoint by mistake. A run is sealed (`latmix.sea
 """
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from latmix.model.parts import layers, linear
 from latmix.model.source import pick_device, read_arch, read_config, skeleton
 from latmix.model.tensors import Rows, Tensors, rows, write
 from latmix.numerics import BlockFormat, Quantized, decode, pack, unpack
-from latmix.rundir import SUMS
+from latmix.rundir import SUMS, written
 from latmix.seal import unsealed
 
 EMBEDDING, HEAD, EVERY = "quantized-embedding.safetensors", "quantized-head.safetensors", "quantized-*.safetensors"
@@ -101,14 +103,23 @@ def _kept(tensor: Tensor) -> Tensor | Rows:
     return Rows(tuple(tensor.shape), KEPT, (piece.to(KEPT) for piece in rows(tensor)))
 
 
-def describe(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write config and tokenizer. Raises: WriteError: the disk is full, say."""
+def describe(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, work: Path) -> None:
+    """Write config and tokenizer, each file whole or not at all; they are made in `work` first.
+
+    Raises: WriteError: the disk is full, say.
+    """
     model.config.tie_word_embeddings = False
     try:
-        model.config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with tempfile.TemporaryDirectory(dir=work) as made:
+            model.config.save_pretrained(made)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            for file in sorted(file for file in Path(made).rglob("*") if file.is_file()):
+                with written(folder / file.relative_to(made)) as temporary:
+                    shutil.copyfile(file, temporary)
+    except WriteError:
+        raise
     except Exception as error:  # the tokenizer's own code, in Rust, raises nothing narrower
         raise WriteError(f"Cannot write to '{folder}': {error}.") from error
 
