@@ -116,7 +116,8 @@ class Tuning(Distillation):
         biases: inputs of the architecture (qkv, o, gate_up, down) whose readers get a bias that learns.
         codes: every code may move to a neighbour on the grid, every scale by a power of two (`latmix.model.latent`).
         codes_lr: peak learning rate of what codes are rounded from, in units of the scale.
-        scales_lr: the same of the exponents that move scales; at a half, one moves.
+        scales_lr: the same of the exponents that move scales; at a half, one moves. At the default none got that far
+            in 300 steps, and faster ones did harm (docs/log.md).
     """
 
     steps: int = 300

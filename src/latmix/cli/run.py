@@ -21,7 +21,7 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("latmix-demo"),
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
 ) -> None:
-    """Quantize the model that ships with latmix by four recipes and compare them. No downloads; some three minutes."""
+    """Quantize the model that ships with latmix by four recipes and compare them. No downloads; a few minutes."""
     with TerminalProgress() as progress:
         rows = demo.run(out, seed, progress)
     rich.print(demo.table(rows))
