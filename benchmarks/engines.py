@@ -4,42 +4,50 @@
     python benchmarks/engines.py --engines ENGINES --out docs/results/engines.md
 
 Every preset is made for every target: as it is where the target can serve that, otherwise without what the target has
-no place for (a column says what was changed), and what a target refuses is a row that says why. The model is the one
-that ships with latmix; `--models` adds folders. Texts, windows and tokens are those of the export's fingerprint.
-Without `--engines` only transformers runs. What is finished (a run, an export, an answer) is not made again (`--runs`
-keeps it).
+no place for (a column says what was changed), and what a target refuses is a row that says why. There is no third
+case: an engine that fails ends the command, and so does, at the end, an answer out of the bounds (`Row.holds`). The
+model is the one that ships with latmix; `--models` adds folders. Texts, windows and tokens are those of the export's
+fingerprint. What is finished (a run, an export, an answer) is not made again (`--runs` keeps it).
 """
 
 import argparse
 import dataclasses
-import datetime
 import functools
 import os
-import platform
-import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import engines_page
 import torch
+from engines_page import Row
 
 import latmix
 from latmix import export as exports
 from latmix import targets
 from latmix.assets import DEMO_MODEL
-from latmix.errors import LatmixError
+from latmix.errors import InputError
 from latmix.export import fingerprint
 from latmix.export.verify import ask, judge, record
 from latmix.model.layout import layout_of
 from latmix.model.load import load
 from latmix.model.source import open_source
+from latmix.pipeline import restore
 from latmix.recipe import Recipe, override
 from latmix.recipes import RECIPES, find
+from latmix.rundir import read_json, write_json
 
-PLACES = (("compressed-tensors", "vllm"), ("compressed-tensors", "transformers"), ("transformers", "transformers"))
+PLACES = (("transformers", "transformers"), ("compressed-tensors", "transformers"), ("compressed-tensors", "vllm"))
 PLACES += (("gguf", "llama"),)
 CASES: list[tuple[str, dict[str, str]]] = [(recipe, {}) for recipe in RECIPES]
+CASES += [  # what all targets serve
+    ("block-hadamard", {"online.down": "none"}),
+    ("latmix-lu", {"folded.residual": "lu:shift=layers", "online.down": "none"}),
+    ("latmix-plus", {"online.down": "none"}),
+]
 CASES += [
     ("gptq", {"activations": "none"}),
     ("latmix-plus", {"activations": "none"}),
@@ -73,118 +81,106 @@ def spelled(value: object) -> str:
     return "none" if value is None else ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def made(model: Path, recipe: Recipe, to: str, args: argparse.Namespace) -> Path:
-    """The exported folder. A run is shared by the targets that change a recipe alike."""
+def made(model: Path, recipe: Recipe, to: str, args: argparse.Namespace) -> tuple[Path, Path]:
+    """The run, which is shared by the targets that change a recipe alike, and the exported folder."""
     plain = dataclasses.replace(recipe, target=None, seed=args.seed)
     name = f"{model.name}-{recipe.name}-{plain.digest}"
     run, out = args.runs / name, args.runs / f"{name}-{to}"
     if not run.exists():
         latmix.quantize(model, run, plain)
-    return out if out.exists() else exports.export(run, to, out)
+    return run, out if out.exists() else exports.export(run, to, out)
 
 
 @functools.cache
 def full_precision(model: Path, folder: Path) -> torch.Tensor:
     """Log-probabilities of the unquantized model on the windows of a fingerprint, which all its exports share."""
-    original = load(model).model
+    return computed(load(model).model, folder)
+
+
+def computed(model: torch.nn.Module, folder: Path) -> torch.Tensor:
     with torch.no_grad():
-        each = [original(row[None]).logits[0, :-1].double() for row in fingerprint.read(folder).tensors["windows"]]
+        each = [model(row[None]).logits[0, :-1].double() for row in fingerprint.read(folder).tensors["windows"]]
     return torch.stack(each).log_softmax(-1)
 
 
-def row(model: Path, engine: str, folder: Path, python: str | None) -> str:
-    """What the engine answered, in columns, asked once. Raises: LatmixError: the engine cannot run it."""
-    known = folder.with_name(f"{folder.name}-{engine}.row")
-    if not known.exists():
-        known.write_text(answered(model, engine, folder, python), "utf-8")
-    return known.read_text("utf-8")
-
-
-def answered(model: Path, engine: str, folder: Path, python: str | None) -> str:
-    kept = fingerprint.read(folder)
-    answer = ask(folder, engine, kept.request, python)
-    verdict = judge(kept, answer, engine)
-    record(folder, engine, verdict)
+def to_original(model: Path, folder: Path, logprobs: torch.Tensor) -> float:
+    """KL of these answers to full precision, nats a token."""
     p = full_precision(model, folder)
-    kl = float((p.exp() * (p - torch.from_numpy(answer["logprobs"]).double()[..., : p.shape[-1]])).sum(-1).mean())
-    numbers = (verdict.perplexity, verdict.run_perplexity, verdict.run_weights_only, kl)
-    agrees = "yes" if verdict.passed else "**no**"
-    start = " | ".join([verdict.engine, *(f"{number:.4f}" for number in numbers)])
-    return f"{start} | {verdict.kl:.1e} | {verdict.greedy} of {verdict.of} | {agrees} |"
+    return float((p.exp() * (p - logprobs.double()[..., : p.shape[-1]])).sum(-1).mean())
 
 
-def rows(model: Path, recipe: str, changes: dict[str, str], args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Of the table, and of the table of sizes."""
-    found, sizes = [], []
+def answered(model: Path, engine: str, folder: Path, python: str | None) -> dict[str, Any]:
+    """The verdict on the engine, asked once, and its KL to full precision. Raises: LatmixError: it cannot run it."""
+    known = folder.with_name(f"{folder.name}-{engine}.json")
+    if not known.exists():
+        kept = fingerprint.read(folder)
+        answer = ask(folder, engine, kept.request, python)
+        verdict = judge(kept, answer, engine)
+        record(folder, engine, verdict)
+        original = to_original(model, folder, torch.from_numpy(answer["logprobs"]))
+        write_json(known, dataclasses.asdict(verdict) | {"original": original})
+    found: dict[str, Any] = read_json(known)
+    return found
+
+
+def own(model: Path, run: Path, folder: Path) -> tuple[float, float]:
+    """KL of the run to full precision, as it rounds activations and with them left alone; computed once."""
+    known = run.with_name(f"{run.name}.json")
+    if not known.exists():
+        both = [to_original(model, folder, computed(restore(run, rounded).model, folder)) for rounded in (True, False)]
+        write_json(known, both)
+    rounded, alone = read_json(known)
+    return rounded, alone
+
+
+def rows(model: Path, recipe: str, changes: dict[str, str], args: argparse.Namespace) -> Iterator[Row]:
     label = " ".join([recipe, *(f"{key}={value}" for key, value in changes.items())])
-    wished = shortened(override(find(recipe), changes), args.set)
+    wished = override(find(recipe), shortened(find(recipe), args.set) | changes)
     for to, engine in PLACES:
-        start, empty = f"| {model.name} | {label} | {to} | ", " | | | | | | |"
-        python = None if engine == "transformers" else args.engines and str(args.engines / engine / "bin/python")
-        if engine != "transformers" and not (python and Path(python).exists()):
-            found.append(f"{start}| {engine}: not run{empty}")
-            continue
-        change = ""
+        row = Row(model.name, label, to, engine)
         try:
-            change = changed(wished, made_for := fitted(model, wished, to))
-            folder = made(model, made_for, to, args)
-            manifest = exports.open_export(folder)
-            if engine in manifest["engines"]:
-                found.append(f"{start}{change} | " + row(model, engine, folder, python))
-            else:
-                why = "it ignores online transforms" if engine == "transformers" else "on a CPU it has no place for it"
-                found.append(f"{start}{change} | {engine}: refused, {why}{empty}")
-            weight = exports.weight_of(folder, manifest)
-            sizes.append(f"| {model.name} | {label} | {to} | {weight.bytes:,} | {weight.bf16_bytes:,} |")
-        except LatmixError as error:
-            found.append(f"{start}{change} | {engine}: refused. {str(error).splitlines()[0]}{empty}")
-        print(found[-1], flush=True)
-    return found, sizes
+            made_for = fitted(model, wished, to)
+        except InputError as error:
+            row.refused = str(error).splitlines()[0]
+        else:
+            row.change = changed(wished, made_for)
+            serve(row, model, *made(model, made_for, to, args), args)
+        print(row.line(), flush=True)
+        yield row
 
 
-def shortened(recipe: Recipe, words: list[str]) -> Recipe:
-    """With these settings, but for those of a stage that the recipe does not have."""
+def serve(row: Row, model: Path, run: Path, folder: Path, args: argparse.Namespace) -> None:
+    """Fill in what the engine answered, or why it is not asked."""
+    row.run, row.folder = run.name, folder
+    python = None if row.engine == "transformers" else str(args.engines / row.engine / "bin/python")
+    if row.engine in exports.open_export(folder)["engines"]:
+        row.answer, row.own = answered(model, row.engine, folder, python), own(model, run, folder)
+    else:
+        ignores = "it ignores online transforms"
+        row.refused = ignores if row.engine == "transformers" else "it takes NVFP4 on GPUs only"
+
+
+def shortened(recipe: Recipe, words: list[str]) -> dict[str, str]:
+    """These settings, but for those of a stage that the recipe does not have."""
     pairs = dict(pair.split("=", 1) for pair in words)
-    return override(recipe, {key: value for key, value in pairs.items() if getattr(recipe, key.partition(".")[0])})
+    return {key: value for key, value in pairs.items() if getattr(recipe, key.partition(".")[0])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, nargs="*", default=[])
-    parser.add_argument("--engines", type=Path)
+    parser.add_argument("--engines", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--runs", type=Path, default=Path("benchmark-runs/engines"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    lines, sizes = [], []
-    for model, cases in ((DEMO_MODEL, CASES), *((each, ADDED) for each in args.models)):
-        for recipe, changes in cases:
-            found, bytes_ = rows(model, recipe, changes, args)
-            lines, sizes = lines + found, sizes + bytes_
-    names = ["model", "recipe", "export", "changed for it", "engine", "perplexity", "run W4A4", "run W4A16", "KL"]
-    names += ["KL to run", "same greedy tokens", "agrees"]
-    head = f"| {' | '.join(names)} |\n|{'---|' * len(names)}"
-    command = shlex.join(["python", "benchmarks/engines.py", *sys.argv[1:]])
-    text = f"""# One model, four engines
-
-Every recipe made for every target (seed {args.seed}; "changed for it" is what the target left out, without which it
-refuses the run), exported, loaded by the engine, asked for the same {fingerprint.WINDOWS} windows of at most
-{fingerprint.WINDOW} tokens of text that no run saw. This page compares engines, not recipes: learning is as short as
-the command says (`latmix-plus` at its defaults is in the [guide](../guide/serving.md)). "W4A4" and "W4A16" are
-the run's own perplexity with and without rounded activations (with MXFP8, W8A8 and W8A16), "KL" is to full precision,
-"KL to run" to the run's own answers, in nats per token. All in float32. vLLM's arithmetic for these formats is that of
-the plugin in `tests/engines`, for its CPU platform has none. llama.cpp rounds activations to 8 bits, so it has to lie
-between the two. transformers ignores online transforms and is refused such folders.
-{datetime.date.today()}, {platform.machine()}, torch {torch.__version__}. Regenerate:
-
-    {command}
-
-{head}
-"""
-    below = "\n\n| model | recipe | export | bytes of tensors | in bfloat16 |\n|---|---|---|---|---|\n"
+    every = ((DEMO_MODEL, CASES), *((each, ADDED) for each in args.models))
+    found = [row for model, cases in every for recipe, changes in cases for row in rows(model, recipe, changes, args)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text + "\n".join(lines) + below + "\n".join(dict.fromkeys(sizes)) + "\n", "utf-8")
+    args.out.write_text(engines_page.page(found, args.seed), "utf-8")
+    if wrong := [row.line() for row in found if row.answer and not row.holds]:
+        sys.exit("Out of bounds:\n" + "\n".join(wrong))
 
 
 if __name__ == "__main__":
