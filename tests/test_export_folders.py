@@ -30,8 +30,8 @@ class TestOurQuantizer:
         out = exports.export(runs("latmix-lu"), "transformers", tmp_path / "out")
         model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         down = model.model.layers[0].mlp.down_proj
-        assert down.weight_packed.dtype == torch.uint8 and down.weight_packed.shape == (64, 48)
-        assert model.lm_head.bias is not None and not hasattr(down, "weight")
+        assert down.weight.dtype == torch.uint8 and down.weight.shape == (1, 64, 48)
+        assert model.lm_head.bias is not None
         model.save_pretrained(tmp_path / "again")
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
         assert torch.equal(logits(again), logits(model))
@@ -42,18 +42,28 @@ class TestOurQuantizer:
         wish = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
         assert torch.equal(model.generate(IDS, **wish), model.generate(IDS, use_cache=False, **wish))
 
-    def test_is_unknown_to_a_transformers_without_latmix(self, runs: Runs, tmp_path: Path) -> None:
-        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
-        load = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
-        done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True)
-        assert done.returncode != 0 and "latmix_llama" in done.stderr
+    def test_is_refused_by_a_transformers_without_latmix(self, runs: Runs, tmp_path: Path) -> None:
+        """By its model type; and where nobody asks for that, by the shape of what lies under a stock model's names."""
+        out = exports.export(runs("rtn", weights="mxfp8_e4m3"), "transformers", tmp_path / "out")
+        load = (
+            "import transformers\n"
+            "for name in ('AutoModelForCausalLM', 'LlamaForCausalLM', 'LlamaModel'):\n"
+            "    try:\n"
+            f"        getattr(transformers, name).from_pretrained({str(out)!r})\n"
+            "    except (ValueError, RuntimeError) as error:\n"
+            "        print(name, 'latmix_llama' in str(error), 'mismatched' in str(error))"
+        )
+        done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, check=True)
+        auto, causal, base = done.stdout.splitlines()
+        assert auto == "AutoModelForCausalLM True False"
+        assert causal == "LlamaForCausalLM False True" and base == "LlamaModel False True"
 
     def test_refuses_another_layout(self, runs: Runs, tmp_path: Path) -> None:
         out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
         config = json.loads((out / "config.json").read_text())
-        config["quantization_config"]["version"] = 2
+        config["quantization_config"]["version"] = 1
         (out / "config.json").write_text(json.dumps(config))
-        with pytest.raises(latmix.LatmixError, match="layout 2; this latmix reads layout 1"):
+        with pytest.raises(latmix.LatmixError, match="layout 1; this latmix reads layout 2"):
             transformers.AutoModelForCausalLM.from_pretrained(out)
 
 

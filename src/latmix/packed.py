@@ -5,9 +5,10 @@ linear was: weights stay packed in memory, 4.25 bits each, and are decoded in ev
 checkpoint has them, the head included; online transforms run before activations are rounded. All recipes fit, nothing
 is fast.
 
-A transformers that does not know a quantization method warns, and leaves the weights random. So the checkpoints also
-have a model type of their own, `latmix_llama` for Llama and so on: without the import it is unknown, which is an error
-nobody misses. Such a type is a subclass of the stock family without a line of its own.
+A transformers that does not know a quantization method warns, and leaves the weights random. So the checkpoints have a
+model type of their own, `latmix_llama` for Llama and so on: without the import it is unknown, which is an error nobody
+misses. Such a type is a subclass of the stock family without a line of its own. And codes lie under the name of a stock
+model's weight with an axis more, which `LlamaForCausalLM.from_pretrained`, never asking for a model type, refuses too.
 """
 
 from collections.abc import Mapping
@@ -32,16 +33,16 @@ from latmix.model.parts import layers, linear
 from latmix.numerics import BlockFormat, Quantized, decode, parse_format, unpack
 from latmix.transforms import Transform
 
-METHOD, PREFIX, VERSION = "latmix", "latmix_", 1
+METHOD, PREFIX, VERSION = "latmix", "latmix_", 2
 
 
 class PackedLinear(nn.Module):
-    """y = W Q(T x) + b, with W as codes and scale bytes.
+    """y = W Q(T x) + b, with W as codes, shape (1, out, bytes of a row), and scale bytes.
 
     Cost: each forward unpacks and decodes the weight, a temporary of its full size in the dtype of x.
     """
 
-    weight_packed: Tensor
+    weight: Tensor
     weight_scale: Tensor
     weight_global_scale: Tensor | None
 
@@ -57,7 +58,7 @@ class PackedLinear(nn.Module):
         (self.out_features, self.in_features), self.weights, self.activations = shape, weights, activations
         bytes_, blocks = -(-self.in_features * weights.element.bits // 8), -(-self.in_features // weights.block)
         meta: dict[str, Any] = {"device": "meta"}
-        self.register_buffer("weight_packed", torch.empty(shape[0], bytes_, dtype=torch.uint8, **meta))
+        self.register_buffer("weight", torch.empty(1, shape[0], bytes_, dtype=torch.uint8, **meta))
         self.register_buffer("weight_scale", torch.empty(shape[0], blocks, dtype=torch.uint8, **meta))
         tensor_scale = None if weights.scale_element == "e8m0" else torch.empty((), dtype=torch.float32, **meta)
         self.register_buffer("weight_global_scale", tensor_scale)
@@ -69,7 +70,7 @@ class PackedLinear(nn.Module):
         return F.linear(x, self.decoded(x.dtype), self.bias)
 
     def decoded(self, dtype: torch.dtype) -> Float[Tensor, "out n"]:
-        codes = unpack(self.weight_packed, self.weights.element.bits, self.in_features)
+        codes = unpack(self.weight[0], self.weights.element.bits, self.in_features)
         return decode(Quantized(codes, self.weight_scale, self.weight_global_scale, self.weights, dtype))
 
     def extra_repr(self) -> str:
@@ -134,7 +135,7 @@ class LatmixQuantizer(HfQuantizer):
                     assert isinstance(place, PackedLinear) and place.online is not None
                     online = _online(self.quantization_config, spot.name, place.in_features)
                     online.load_state_dict(place.online.state_dict())
-                    place.online = online.to(place.weight_packed.device)
+                    place.online = online.to(place.weight.device)
         return model
 
     def is_serializable(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from latmix.export.base import EXPORTS, Export
 from latmix.export.shards import Piece, write_shards
-from latmix.export.source import Source
+from latmix.export.source import GLOBAL, PACKED, SCALE, Source
 from latmix.packed import METHOD, PREFIX, VERSION, class_name
 from latmix.rundir import write_json
 
@@ -28,10 +28,13 @@ def write(source: Source, folder: Path) -> None:
 
 
 def pieces(source: Source) -> Iterator[Piece]:
-    """The run's tensors as they are, and the tensors of the online transforms at the linears that they act on."""
+    """The run's tensors, codes with an axis more (`latmix.packed`), and those of online transforms at their linears."""
     for name, shape in source.shapes.items():
-        packed = name.endswith((".weight_packed", ".weight_scale"))
-        dtype = torch.uint8 if packed else torch.float32 if name.endswith("global_scale") else torch.bfloat16
+        if name.endswith(PACKED):
+            codes = f"{name.removesuffix(PACKED)}.weight"
+            yield Piece(codes, (1, *shape), torch.uint8, partial(_codes, source, name))
+            continue
+        dtype = torch.uint8 if name.endswith(SCALE) else torch.float32 if name.endswith(GLOBAL) else torch.bfloat16
         yield Piece(name, shape, dtype, partial(source.tensor, name))
     for spot in source.layout.online:
         for index in range(source.layers):
@@ -41,6 +44,10 @@ def pieces(source: Source) -> Iterator[Piece]:
                 for reader in source.arch.input(spot).readers:
                     path = f"{source.arch.layers}.{index}.{reader}.online.{key}"
                     yield Piece(path, tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+
+
+def _codes(source: Source, name: str) -> Tensor:
+    return source.tensor(name).unsqueeze(0)
 
 
 def _same(tensor: Tensor) -> Tensor:
