@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import latmix
+import latmix.export
 from latmix.assets import CALIBRATION, EVALUATION
 from latmix.cli import app
 from latmix.recipe import Learning, Tuning
 from latmix.transforms import TRANSFORMS
-from tests.test_pipeline import save_tiny
+from tests.test_pipeline import save_tiny, settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -27,9 +29,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Without those that load an exported folder: there is none here; tests/test_export.py loads such folders."""
-    found = [text for kind, text in BLOCK.findall(page.read_text("utf-8")) if kind == language]
-    return [text for text in found if '"served"' not in text]
+    return [text for kind, text in BLOCK.findall(page.read_text("utf-8")) if kind == language]
 
 
 def pages(language: str) -> list[Path]:
@@ -63,11 +63,15 @@ def test_pages_are_found() -> None:
 
 @pytest.mark.parametrize("page", pages("bash"), ids=name)
 def test_shell_blocks_run(page: Path, desk: Path) -> None:
+    said = ""
     for line in (line for block in blocks(page, "bash") for line in block.splitlines() if line):
         program, *arguments = shlex.split(line)
         if program == "latmix":
             done = CliRunner().invoke(app, arguments)
             assert done.exit_code == 0, f"{line}: {done.output} {done.exception}"
+            said = done.output
+        elif program in ("vllm", "llama-server"):  # tests/test_engines_served.py starts them
+            assert f"Serve it with:\n\n{line}\n" in said, f"{line}: not what the export before it said: {said}"
         elif program == "torchrun":
             launched = [sys.executable, "-m", "torch.distributed.run", *arguments, "--set", "learning.steps=4"]
             done = subprocess.run(launched, capture_output=True, text=True, timeout=240)
@@ -109,6 +113,9 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", pages("python"), ids=name)
 def test_python_blocks_run(page: Path, desk: Path) -> None:
     before, room = TRANSFORMS.names(), {"__name__": "page"}
+    if any('"served"' in block for block in blocks(page, "python")):  # what the page's readers have exported
+        latmix.quantize("path/to/model", "for-transformers", "rtn", settings=settings("rtn"))
+        latmix.export.export(Path("for-transformers"), "transformers", Path("served"))
     try:
         for block in blocks(page, "python"):
             exec(compile(block, str(page), "exec"), room)  # noqa: S102

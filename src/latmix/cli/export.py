@@ -28,13 +28,14 @@ def export_command(
     """Write a run in the format of an engine, and verify it in that engine where it is installed."""
     exports.export(run, to, out)
     manifest = exports.open_export(out)
-    engine = manifest["engines"][0]
-    if python is not None or exports.installed(engine):
-        _report(exports.verify(out, engine, python), out)
-    else:
-        print(f"Not verified: {engine} is not installed here. Run: latmix verify {out} --python PATH")
+    first, *others = manifest["engines"]
+    here = [name for name in (first, *others) if exports.installed(name, to)]
+    if python is not None or here:
+        _report(exports.verify(out, first if python else here[0], python), out)
+    if python is None and first not in here:
+        print(f"Not verified in {first}, which is not installed here. Run: latmix verify {out} --python PATH")
     command = exports.EXPORTS[to].serve(out, manifest["recipe"]["activations"])
-    print(f"Serve it with:\n\n{command}")
+    print(f"Serve it with:\n\n{command}\n\n{exports.caveats(manifest)}")
 
 
 @app.command("verify")

@@ -2,7 +2,8 @@
 
 from latmix.export import compressed_tensors, gguf, transformers  # noqa: F401  (each registers itself)
 from latmix.export.base import EXPORTS, Export
+from latmix.export.card import caveats
 from latmix.export.folder import export, open_export, weight_of
 from latmix.export.verify import Verdict, installed, verify
 
-__all__ = ["EXPORTS", "Export", "Verdict", "export", "installed", "open_export", "verify", "weight_of"]
+__all__ = ["EXPORTS", "Export", "Verdict", "caveats", "export", "installed", "open_export", "verify", "weight_of"]

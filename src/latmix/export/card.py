@@ -55,7 +55,7 @@ On held-out calibration text: {measured}.
 
     {EXPORTS[target].serve(final, recipe["activations"]).replace(chr(10), chr(10) + "    ")}
 
-{_caveats(manifest)}
+{caveats(manifest)}
 
 ## Verified
 
@@ -72,7 +72,7 @@ IGNORED = (
 )
 
 
-def _caveats(manifest: dict[str, Any]) -> str:
+def caveats(manifest: dict[str, Any]) -> str:
     found = [CAVEATS[manifest["target"]]]
     if manifest["target"] == "compressed-tensors":
         found = found if manifest["recipe"]["activations"] else [A16]

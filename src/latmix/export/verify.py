@@ -33,6 +33,7 @@ from latmix.rundir import read_json, write_json
 
 SAME, BETWEEN, DIVERGED = 0.005, 0.01, 1e-3
 MODULES = {"vllm": "vllm", "transformers": "transformers", "llama": "llama_cpp"}
+OPTIONAL = ("transformers", "compressed-tensors")  # loads such folders by the package of that name
 SCRIPTS = Path(__file__).parent / "engines"
 
 
@@ -73,6 +74,11 @@ def verify(folder: Path, engine: str | None = None, python: str | None = None) -
     if engine not in engines:
         raise InputError(f"The engine '{engine}' cannot serve '{folder}'; choose from {', '.join(engines)}.")
     expected = fingerprint.read(folder)
+    if python is None and not installed(engine, manifest["target"]):
+        raise UnavailableError(
+            f"'{engine}' cannot load '{folder}' here: it or a package that it needs is not installed. "
+            "scripts/engines.sh makes an environment for it: give its interpreter with --python."
+        )
     verdict = judge(expected, ask(folder, engine, expected.request, python), engine)
     record(folder, engine, verdict)
     return verdict
@@ -85,28 +91,22 @@ def record(folder: Path, engine: str, verdict: Verdict) -> None:
     card.write(folder, folder)
 
 
-def installed(engine: str) -> bool:
-    return importlib.util.find_spec(MODULES[engine]) is not None
+def installed(engine: str, target: str) -> bool:
+    """Whether this interpreter can load that export in that engine."""
+    needed = {MODULES[engine]} | ({"compressed_tensors"} if (engine, target) == OPTIONAL else set())
+    return all(importlib.util.find_spec(module) for module in needed)
 
 
 def ask(folder: Path, engine: str, request: dict[str, Any], python: str | None) -> dict[str, np.ndarray]:
     """The answers of the engine's runner: transformers in this process, the others in one of their own.
 
-    Raises: LatmixError: the engine is not installed, or it failed; the end of what it said.
+    Raises: LatmixError: the engine failed; the end of what it said.
     """
-    if python is None and not installed(engine):
-        raise UnavailableError(
-            f"'{MODULES[engine]}' is not installed here; scripts/engines.sh makes an environment for it: "
-            "give its interpreter with --python."
-        )
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch) / "request.json", Path(scratch) / "answer.npz"
         question.write_text(json.dumps(request), "utf-8")
         if engine == "transformers" and python is None:
-            try:
-                run_transformers.main(str(folder), str(question), str(answer))
-            except ImportError as error:  # compressed-tensors, say
-                raise UnavailableError(f"transformers cannot load '{folder}' here: {error}") from error
+            run_transformers.main(str(folder), str(question), str(answer))
         else:
             program = interpreter(python) if python else sys.executable
             _run([program, str(SCRIPTS / f"run_{engine}.py"), str(folder.resolve())], question, answer)
