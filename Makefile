@@ -19,7 +19,7 @@ test: .venv/installed-dev
 
 test-engines: .venv/installed-dev
 	scripts/engines.sh .venv/engines
-	OMP_NUM_THREADS=1 .venv/bin/pytest tests/test_engines.py --engines .venv/engines
+	OMP_NUM_THREADS=1 .venv/bin/pytest -v tests/test_engines.py tests/test_engines_served.py --engines .venv/engines
 
 docs: .venv/installed-docs
 	.venv/bin/mkdocs build --strict

@@ -1,6 +1,6 @@
 """Exports in the engines themselves, where their environments exist:
 
-scripts/engines.sh FOLDER && pytest tests/test_engines.py --engines FOLDER
+scripts/engines.sh FOLDER && pytest tests/test_engines.py --engines FOLDER   (the servers: tests/test_engines_served.py)
 """
 
 from pathlib import Path
