@@ -3,9 +3,10 @@
     python benchmarks/export.py --out docs/results/export.md
 
 Models of real shapes with random weights (benchmarks/scaling.py makes them), rounded to nearest without activations.
-An export is a process of its own, without the verification that the command line adds, and with one greedy token in the
-fingerprint instead of 24: each is another pass over the run, which holds what the first held. Memory: VmHWM, with the
-pages of mapped files, and the largest anonymous part, sampled. What kills do to exports: `python -m benchmarks.faults`.
+An export is a process of its own, without the verification that the command line adds, and with a fingerprint of one
+window and one greedy token instead of 8 and 24: each is computed after the other, and holds what the first held. Memory:
+VmHWM, with the pages of mapped files, and the largest anonymous part, sampled. What kills do to exports: `python -m
+benchmarks.faults`.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from latmix.export.folder import weight_of
 from latmix.rundir import read_json
 
 CHILD = "import sys; from pathlib import Path; from latmix.export import export, fingerprint; "
-CHILD += "fingerprint.CONTINUE = 1; export(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))"
+CHILD += "fingerprint.WINDOWS = fingerprint.CONTINUE = 1; export(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))"
 
 
 def exported(run: Path, to: str, out: Path) -> dict[str, float]:
@@ -84,8 +85,8 @@ PAGE = """# What an export holds in memory
 
 Random weights, real shapes, a vocabulary of 128,256. "Layer": the largest layer's file in the run, 7.5 times as much in
 float32. "Resident" counts the pages of mapped files, which the system may drop; "anonymous" is what has to be there,
-Python and its packages included (about 300 MiB). All in MiB. Seconds are with one greedy token in the fingerprint; the
-command line takes 24, each another pass over the layers.
+Python and its packages included (about 300 MiB). All in MiB. Seconds are with one window and one greedy token
+in the fingerprint; the command line takes 8 and 24, each token another pass over the layers.
 
 | model | target | tensors on disk | layer | resident, at most | anonymous, at most | seconds |
 |---|---|---|---|---|---|---|
