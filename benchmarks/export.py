@@ -4,9 +4,9 @@
 
 Models of real shapes with random weights (benchmarks/scaling.py makes them), rounded to nearest without activations.
 An export is a process of its own, without the verification that the command line adds, and with a fingerprint of one
-window and one greedy token instead of 8 and 24: each is computed after the other, and holds what the first held. Memory:
-VmHWM, with the pages of mapped files, and the largest anonymous part, sampled. What kills do to exports: `python -m
-benchmarks.faults`.
+window and one greedy token instead of 8 and 24: each is computed after the other, and holds what the first held.
+Memory: VmHWM, with the pages of mapped files, and the largest anonymous part, sampled. What kills do to exports:
+`python -m benchmarks.faults`.
 """
 
 import argparse
