@@ -30,8 +30,11 @@ import latmix
 from latmix.assets import CALIBRATION, DEMO_MODEL, EVALUATION
 from latmix.data import calibration_windows, read_text, windows
 from latmix.eval import score
+from latmix.model.attach import attach
 from latmix.model.load import Loaded, load
-from latmix.recipe import Recipe, override
+from latmix.model.maps import build_maps
+from latmix.numerics import parse_format
+from latmix.recipe import Recipe, Tuning, override
 from latmix.recipes import find
 
 KEPT = Path("comparisons/peers")
@@ -67,7 +70,8 @@ def compressor(
 
 
 def auto_round(iterations: int) -> Peer:
-    """AutoRound's signed gradient descent on rounding and ranges; 0: round to nearest. Its MXFP4 takes floor scales."""
+    """AutoRound's signed gradient descent on rounding and ranges. 0: round to nearest, each weight scale the best of
+    floor's, its half and its double by squared error; activations always take floor scales."""
 
     def run(loaded: Loaded, taught: Tensor) -> Any:
         from auto_round import AutoRound
@@ -92,18 +96,35 @@ def everywhere(transform: str) -> Recipe:
     return dataclasses.replace(find("gptq"), name=f"gptq, {transform} online", online=dict.fromkeys(INPUTS, transform))
 
 
+def gains_in_place(recipe: Recipe) -> Any:
+    """Weights and inputs rounded to nearest with the gains left in the norms, where no run of latmix leaves them."""
+    loaded = load(DEMO_MODEL)
+    assert recipe.activations is not None
+    activations, weights = parse_format(recipe.activations), parse_format(recipe.weights)
+    none = build_maps(loaded.arch, loaded.model.config, {}, {}, block=weights.block, seed=0)
+    return attach(loaded.model, loaded.arch, none, activations, weights).model
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """What another tool does, and what of ours is the same thing."""
+    """What another tool does, and what of ours is the same thing; `nearest`: rounding to nearest, which can be had with
+    the gains in the norms, too."""
 
     peer: str
     run: Peer
     ours: Recipe
+    nearest: bool = False
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return ("peer", "ours", "in place") if self.nearest else ("peer", "ours")
 
 
 LC, AR = "llm-compressor", "AutoRound"
+FLOOR = {"weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}
+SEARCHED = FLOOR | {"weights": "mxfp4:scale=search"}
 PAIRS = {
-    "rtn": Pair(f"{LC} RTN", compressor(gptq=False), find("rtn")),
+    "rtn": Pair(f"{LC} RTN", compressor(gptq=False), find("rtn"), nearest=True),
     "gptq": Pair(f"{LC} GPTQ", compressor(), find("gptq")),
     "r1r2": Pair(
         f"{LC} SpinQuant R1 R2 (Hadamard), GPTQ",
@@ -129,15 +150,14 @@ PAIRS = {
     "auto-0": Pair(
         f"{AR}, 0 iterations",
         auto_round(0),
-        override(
-            find("rtn"), {"name": "rtn, floor", "weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}
-        ),
+        override(find("rtn"), SEARCHED | {"name": "rtn, weights search, inputs floor"}),
+        nearest=True,
     ),
     "auto-200": Pair(
         f"{AR}, 200 iterations",
         auto_round(200),
-        override(
-            find("gptq"), {"name": "gptq, floor", "weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}
+        dataclasses.replace(
+            override(find("gptq"), FLOOR), name="gptq, floor, codes tuned", tuning=Tuning(kept=(), biases=())
         ),
     ),
 }
@@ -153,6 +173,8 @@ def measure(name: str, side: str, few: int | None) -> dict[str, float]:
     began = time.perf_counter()
     if side == "peer":
         model = pair.run(load(DEMO_MODEL), taught).eval()
+    elif side == "in place":
+        model = gains_in_place(recipe).eval()
     else:
         out = KEPT / f"{name}-run"
         latmix.quantize(DEMO_MODEL, out, recipe)
@@ -172,15 +194,17 @@ def measure(name: str, side: str, few: int | None) -> dict[str, float]:
 def table(names: list[str], rows: dict[tuple[str, str], dict[str, float]]) -> str:
     lines = ["| what | KL | perplexity | s | ours | KL | perplexity | s | ours / theirs |", "|" + "---|" * 9]
     for name in names:
-        pair = PAIRS[name]
-        theirs, ours = rows.get((name, "peer")), rows[name, "ours"]
-        cells = [
-            f"{row['kl']:.4f} | {row['perplexity']:.3f} | {row['s']:.0f}" if row else "failed | |"
-            for row in (theirs, ours)
-        ]
-        ratio = f"{ours['kl'] / theirs['kl']:.2f}" if theirs else ""
-        lines.append(f"| {pair.peer} | {cells[0]} | {pair.ours.name} | {cells[1]} | {ratio} |")
+        pair, theirs = PAIRS[name], rows.get((name, "peer"))
+        for side in pair.sides[1:]:
+            ours = rows.get((name, side))
+            title = pair.ours.name if side == "ours" else "the same, gains left in the norms"
+            ratio = f"{ours['kl'] / theirs['kl']:.{2 if side == 'ours' else 6}f}" if theirs and ours else ""
+            lines.append(f"| {pair.peer} | {_cells(theirs)} | {title} | {_cells(ours)} | {ratio} |")
     return "\n".join(lines)
+
+
+def _cells(row: dict[str, float] | None) -> str:
+    return f"{row['kl']:.4f} | {row['perplexity']:.3f} | {row['s']:.0f}" if row else "failed | | "
 
 
 def main() -> None:
@@ -196,8 +220,8 @@ def main() -> None:
         return
     rows = {}
     for name in args.only:
-        for side in ("peer", "ours"):
-            kept = KEPT / f"{name}-{side}.json"
+        for side in PAIRS[name].sides:
+            kept = KEPT / f"{name}-{side.replace(' ', '-')}.json"
             if not kept.is_file():
                 words = [sys.executable, __file__, "--one", name, side, *(["--few", str(args.few)] if args.few else [])]
                 done = subprocess.run(words, stdout=subprocess.PIPE, text=True)

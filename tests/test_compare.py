@@ -1,7 +1,11 @@
 """Comparisons: killed and started again they end in the same table; a failed cell says why."""
 
+import csv
+import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,14 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.console
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import latmix
 from latmix.cli import app
-from latmix.comparison import plan, results, table
-from latmix.comparison.cell import compute
+from latmix.comparison import Texts, compare, plan, pool, results, table
+from latmix.comparison.cell import _reason, compute
 from latmix.comparison.plan import FULL_PRECISION, Cell, Measures
+from latmix.comparison.results import Figure
 from latmix.comparison.seeds import seeded
 from latmix.errors import LatmixError
 from latmix.recipe import override
@@ -68,6 +75,7 @@ def test_killed_and_started_again_gives_the_same_table_and_a_failure_stops_nothi
     while not (finished := sorted((tmp_path / "killed").glob("cells/*/evaluation-*.json"))):
         assert first.poll() is None, "ended before a cell was finished"
         time.sleep(0.02)
+    assert len(list((tmp_path / "killed").glob("cells/*/log.txt"))) == 2  # side by side
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     before = [(file, file.stat().st_mtime_ns) for file in finished]
@@ -91,6 +99,63 @@ def test_killed_and_started_again_gives_the_same_table_and_a_failure_stops_nothi
 
 class Killed(BaseException):
     """What no handler of errors catches, as a process that is killed runs none."""
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    compare(model, [], out, texts=Texts(CALIBRATION, OTHER))
+    return out
+
+
+@pytest.mark.parametrize("operation", range(6))
+def test_killed_while_the_table_is_written_the_same_table_comes_out(
+    operation: int, finished: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three files, each filled under another name and renamed: before the rename and after it."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    expected = {kind: (finished / f"table.{kind}").read_bytes() for kind in ("md", "csv", "json")}
+    for kind in expected:
+        (out / f"table.{kind}").write_text("of fewer cells")
+    replace, renamed = os.replace, list[object]()
+
+    def killed(source: Path, target: Path) -> None:
+        renamed.append(target)
+        if len(renamed) == operation // 2 + 1:
+            if operation % 2:
+                replace(source, target)
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        with pytest.raises(Killed):
+            compare(model, [], out, texts=Texts(CALIBRATION, OTHER))
+    whole = {kind: (out / f"table.{kind}").read_bytes() for kind in expected}
+    assert all(whole[kind] in (expected[kind], b"of fewer cells") for kind in expected)
+    compare(model, [], out, texts=Texts(CALIBRATION, OTHER))
+    assert expected == {kind: (out / f"table.{kind}").read_bytes() for kind in expected}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "expected"), [(0, "", {"all"}), (2, "", {"0", "1"}), (2, "4,7", {"4", "7"})]
+)
+def test_cells_run_side_by_side_and_every_gpu_has_its_own(
+    gpus: int, visible: str, expected: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither process ends well before the other has begun."""
+    ended = list[Cell]()
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(pool, "WORKER", "tests.besides")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cells = [Cell(name, 0, str(tmp_path / name), "m", "c", None, Measures("t"), "d") for name in ("one", "other")]
+    assert pool.default_jobs() == max(1, gpus)
+    pool.run_cells(cells, 2, ended.append)
+    assert sorted(cell.name for cell in ended) == ["one", "other"]
+    assert {Path(cell.folder, "visible").read_text() for cell in cells} == expected
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +276,7 @@ def test_rows_hold_means_spreads_and_paired_recovery(tmp_path: Path) -> None:
     assert gptq.kl_to_gptq == pytest.approx(1.0) and ours.kl_to_gptq == pytest.approx(2.0) and full.kl_to_gptq is None
     assert gptq.zero_shot is not None and gptq.zero_shot.mean == pytest.approx(0.625)
     assert gptq.zero_shot.spread == pytest.approx(0.1 * 2**0.5 / 2)  # two tasks; seeds share their items
+    assert gptq.tasks is not None and gptq.tasks["a"] == Figure(0.75, 0.1)
     # paired: the same items right in both models leave no doubt about the recovery
     assert gptq.recovery is not None
     assert (gptq.recovery.mean, gptq.recovery.low, gptq.recovery.high) == pytest.approx((1.0, 1.0, 1.0))
@@ -218,6 +284,19 @@ def test_rows_hold_means_spreads_and_paired_recovery(tmp_path: Path) -> None:
     assert ours.recovery.low is not None and ours.recovery.low < ours.recovery.mean < (ours.recovery.high or 0)
     assert gptq.seconds is not None and gptq.seconds.mean == pytest.approx(3.5) and gptq.peak_bytes == 8
     assert results.ahead_of_ours([full, gptq, ours]) == ["gptq is ahead of latmix-lu in KL, at equal terms."]
+
+
+def test_a_task_of_which_full_precision_has_nothing_right_has_no_recovery(tmp_path: Path) -> None:
+    right, none = [1.0, 0.0] * 20, [0.0] * 40
+    rows = {}
+    for tasks in ({"a": right, "b": none}, {"b": none}):
+        folder = tmp_path / str(len(tasks))
+        cells = [fabricated(folder, FULL_PRECISION, 0, 0.0, tasks)]
+        cells.append(fabricated(folder, "gptq", 0, 0.1, {**tasks, "b": right}))
+        rows[len(tasks)] = results.collect(cells)
+    both, alone = rows[2][1].recovery, rows[1][1].recovery
+    assert both is not None and (both.mean, both.low, both.high) == (1.0, 1.0, 1.0) and alone is None
+    assert "Recovery leaves out b: full precision has nothing right." in table.notes(rows[2])
 
 
 def test_tables_show_what_rows_hold(tmp_path: Path) -> None:
@@ -228,5 +307,42 @@ def test_tables_show_what_rows_hold(tmp_path: Path) -> None:
     text = table.markdown(rows, "head")
     assert "| quarot | 0.250 (0.150–0.350) | 0.2500 (0.1500–0.3500) |" in text
     assert "| down: hadamard |" in text and "/ GPTQ" not in text  # no GPTQ, no column
+    assert "| quarot | 50.0 ± 10.0 |" in text  # of the task alone
     values = table.as_csv(rows).splitlines()
     assert dict(zip(values[0].split(","), values[2].split(","), strict=True))["kl_mean"] == "0.25"
+
+
+def test_every_form_of_the_table_has_time_memory_bits_online_operations_and_intervals(tmp_path: Path) -> None:
+    items = {"a": [1.0, 0.0, 1.0], "b": [0.0, 1.0, 1.0]}
+    rows = results.collect([fabricated(tmp_path, n, 0, 0.25, items) for n in (FULL_PRECISION, "quarot")])
+    console = rich.console.Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(table.terminal(rows, "title"))
+    shown = console.file.getvalue()
+    for text in (shown, table.markdown(rows, "head")):
+        for word in (
+            "recovery, %",
+            "66.7 ± 7.1",
+            "(100.0–100.0)",
+            "(0.1500–0.3500)",
+            " 4.25 ",
+            "hadamard",
+            "MiB",
+            " 3 ",
+        ):
+            assert word in text, word
+    (_, row), (_, flat) = (
+        json.loads(json.dumps([dataclasses.asdict(row) for row in rows])),
+        list(csv.DictReader(io.StringIO(table.as_csv(rows)))),
+    )
+    assert row["peak_bytes"] == int(flat["peak_bytes"]) == 7 and row["seconds"]["mean"] == float(flat["seconds_mean"])
+    assert row["bits_per_weight"] == float(flat["bits_per_weight"]) and flat["online"] == "down: hadamard"
+    assert row["kl"]["low"] == float(flat["kl_low"]) and row["recovery"]["high"] == float(flat["recovery_high"])
+    assert row["tasks"]["b"]["spread"] == float(flat["tasks_b_spread"]) == 0.1
+
+
+def test_a_bare_assertion_is_a_reason_all_the_same() -> None:
+    try:
+        assert len("longer") <= 2 - 1
+    except AssertionError as error:
+        error.args = ()
+        assert _reason(error) == 'AssertionError: assert len("longer") <= 2 - 1'

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from latmix.comparison import Texts, compare
 from latmix.errors import LatmixError
 from latmix.eval.zeroshot import DEFINITIONS, _options, _score
+from tests.test_pipeline import save_tiny
+from tests.texts import CALIBRATION, OTHER
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own
@@ -168,6 +173,48 @@ def test_every_shared_file_is_read_whole(shared: Path) -> None:
     assert {name: len(local_task(name, shared / "benchmarks").eval_docs) for name in counts} == counts
 
 
+def test_a_comparison_measures_tasks_in_a_process_of_its_own(tmp_path: Path) -> None:
+    for name in ("piqa", "lambada_openai"):
+        write_local(name, HUB[name][1], tmp_path)
+    (row,) = compare(
+        save_tiny(tmp_path / "model"),
+        [],
+        tmp_path / "out",
+        texts=Texts(CALIBRATION, OTHER),
+        tasks=["piqa", "lambada_openai"],
+        task_data=tmp_path,
+    )
+    assert not row.failures and row.tasks is not None and row.tasks.keys() == {"piqa", "lambada_openai"}
+    assert row.zero_shot is not None and row.zero_shot.mean == sum(task.mean for task in row.tasks.values()) / 2
+
+
+FORKS = """
+import multiprocessing, sys, threading
+from latmix.comparison.cell import _die_with_the_parent
+sys.stdin.readline()
+threading.Thread(target=_die_with_the_parent, args=(sys.stdin.fileno(),), daemon=True).start()
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    print(pool.map(abs, [-7]), flush=True)
+sys.stdin = None
+threading.Event().wait()
+"""
+
+
+def test_a_cell_may_fork_and_ends_with_whoever_started_it() -> None:
+    """As the harness does for its bootstraps: a forked process closes standard input, on which a thread waits."""
+    words = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(b"a cell\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"[7]\n"
+            process.stdin.close()
+            assert process.wait(timeout=60) == 1
+        finally:
+            process.kill()
+
+
 def test_options_reach_whoever_knows_them() -> None:
     def model(pretrained: str, batch_size: int = 1) -> None: ...
     def run(model: str, limit: int = 1, batch_size: int = 1) -> None: ...
@@ -182,5 +229,7 @@ def test_scores_keep_every_item_in_order_and_prefer_the_normalised_accuracy() ->
     samples = [{"doc_id": i, "acc": 1.0, "acc_norm": value} for i, value in ((2, 0.0), (0, 1.0), (1, 0.0))]
     found = _score("t", result, samples)
     assert (found.metric, found.accuracy, found.stderr, found.items) == ("acc_norm", 0.25, 0.1, [1.0, 0.0, 0.0])
+    with pytest.raises(LatmixError, match="needs two items"):
+        _score("t", result | {"acc_norm_stderr,none": "N/A"}, samples)
     with pytest.raises(LatmixError, match="reports none of"):
         _score("t", {"bleu,none": 1.0}, [])

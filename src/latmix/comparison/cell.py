@@ -55,20 +55,26 @@ def _owned(folder: Path) -> Iterator[None]:
         yield
 
 
-def _die_with_the_parent() -> None:
-    sys.stdin.read()  # returns when the other end is closed
+def _reason(error: Exception) -> str:
+    """A bare assertion, as lm-evaluation-harness makes of an answer longer than the model, has only its line to say."""
+    said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+    return said if isinstance(error, LatmixError) and said else f"{type(error).__name__}: {said}"
+
+
+def _die_with_the_parent(stream: int) -> None:
+    """Reads the descriptor, not `sys.stdin`: that would hold a lock, on which every process forked here would hang."""
+    os.read(stream, 1)  # returns when the other end is closed
     os._exit(1)
 
 
 def main() -> None:
     cell = Cell.from_json(sys.stdin.readline())
-    threading.Thread(target=_die_with_the_parent, daemon=True).start()
+    threading.Thread(target=_die_with_the_parent, args=(sys.stdin.fileno(),), daemon=True).start()
     try:
         compute(cell)
     except Exception as error:  # the reason is the result of this cell; the others go on
         traceback.print_exc()
-        reason = str(error) if isinstance(error, LatmixError) else f"{type(error).__name__}: {error}"
-        write_json(cell.failure, {"reason": reason})
+        write_json(cell.failure, {"reason": _reason(error)})
         sys.exit(1)
 
 

@@ -50,6 +50,9 @@ def run_cells(cells: Sequence[Cell], jobs: int, done: Callable[[Cell], None]) ->
 
 def _start(cell: Cell, slot: int, jobs: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    environment["DISABLE_MULTIPROC"] = (
+        "1"  # lm-evaluation-harness: its children would outlive a killed cell, and its lock
+    )
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus]

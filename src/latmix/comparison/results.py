@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         kl: nats per token to full precision; top1: share of tokens on which both predict the same.
-        zero_shot: mean accuracy; `spread` is its standard error here. tasks: each task's accuracy.
+        zero_shot, tasks: accuracy, of all tasks and of each; `spread` is its standard error here.
         recovery: share of full precision's accuracy, mean over tasks.
         seconds, peak_bytes: of quantization, evaluation aside; GPU memory where one was used.
         online: input → transform applied at run time; empty: the pure format.
@@ -53,7 +53,7 @@ class Row:
     top1: Figure | None = None
     zero_shot: Figure | None = None
     recovery: Figure | None = None
-    tasks: dict[str, float] | None = None
+    tasks: dict[str, Figure] | None = None
     seconds: Figure | None = None
     peak_bytes: int | None = None
     online: dict[str, str] | None = None
@@ -86,9 +86,9 @@ def _row(name: str, cells: list[Cell], reference: Cell, baseline: float | None) 
         kl=kl,
         kl_to_gptq=kl.mean / baseline if baseline and cells[0].recipe else None,
         top1=figure(results, "top1_agreement"),
-        zero_shot=_accuracy(done) if tasks else None,
+        zero_shot=_accuracy(done, tasks) if tasks else None,
         recovery=_recovery(done, reference) if tasks and reference.finished and cells[0].recipe else None,
-        tasks={task: statistics.mean(read_json(c.task(task))["accuracy"] for c in done) for task in tasks} or None,
+        tasks={task: _accuracy(done, [task]) for task in tasks} or None,
         seconds=_plain([sum(stage["seconds"] for stage in s["stages"].values()) for s in summaries]),
         peak_bytes=max((_peak(summary) for summary in summaries), default=None),
         online=dict(cells[0].recipe.online) if cells[0].recipe else None,
@@ -124,26 +124,39 @@ def _plain(values: list[float]) -> Figure | None:
     return Figure(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _accuracy(cells: list[Cell]) -> Figure:
-    results = [[read_json(cell.task(name)) for name in cell.measures.tasks] for cell in cells]
+def _accuracy(cells: list[Cell], tasks: Sequence[str]) -> Figure:
+    results = [[read_json(cell.task(name)) for name in tasks] for cell in cells]
     mean = statistics.mean(task["accuracy"] for seed in results for task in seed)
     errors = [statistics.mean(seed[i]["stderr"] for seed in results) for i in range(len(results[0]))]
     return Figure(mean, spread=float(np.linalg.norm(errors)) / len(errors))
 
 
-def _recovery(cells: list[Cell], reference: Cell) -> Figure:
-    """Items are paired: a resample of a task takes the same items of both models."""
+def _recovery(cells: list[Cell], reference: Cell) -> Figure | None:
+    """Items are paired: a resample of a task takes the same items of both models. A task of which full precision has
+    nothing right has no recovery; None: there is no other."""
     generator = np.random.default_rng(0)
+    shares: list[float] = []
     drawn: Float[np.ndarray, " resamples"] = np.zeros(RESAMPLES)
-    mean, tasks = 0.0, reference.measures.tasks
-    for name in tasks:
+    for name in reference.measures.tasks:
         full = np.array(read_json(reference.task(name))["items"])
+        if not full.any():
+            continue
         ours = np.mean([read_json(cell.task(name))["items"] for cell in cells], axis=0)
         picks = generator.integers(len(full), size=(RESAMPLES, len(full)))
-        drawn += ours[picks].mean(1) / np.maximum(full[picks].mean(1), 1 / len(full)) / len(tasks)
-        mean += float(ours.mean() / max(full.mean(), 1 / len(full))) / len(tasks)
-    low, high = np.quantile(drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return Figure(mean, None, float(low), float(high))
+        drawn += ours[picks].mean(1) / np.maximum(full[picks].mean(1), 1 / len(full))
+        shares.append(float(ours.mean() / full.mean()))
+    if not shares:
+        return None
+    low, high = np.quantile(drawn / len(shares), [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return Figure(statistics.mean(shares), None, float(low), float(high))
+
+
+def without_recovery(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each task that recovery leaves out."""
+    full = next((row.tasks for row in rows if row.online is None and row.tasks), {})
+    return [
+        f"Recovery leaves out {name}: full precision has nothing right." for name, task in full.items() if not task.mean
+    ]
 
 
 def ahead_of_ours(rows: Sequence[Row], ours: str = "latmix") -> list[str]:

@@ -6,11 +6,13 @@ import io
 from collections.abc import Callable, Sequence
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
-from latmix.comparison.results import Figure, Row, ahead_of_ours
+from latmix.comparison.results import Figure, Row, ahead_of_ours, without_recovery
 
 Show = Callable[[Row], str]
+RECIPE, ONLINE, QUALITY = "recipe", "online operations", ("perplexity", "KL", "/ GPTQ", "top-1, %")
 
 
 def _with_spread(figure: Figure | None, digits: int, factor: float = 1.0) -> str:
@@ -49,7 +51,7 @@ def _name(row: Row) -> str:
 def _columns(figure: Callable[[Figure | None, int, float], str]) -> dict[str, Show]:
     """Title → cell; `figure` shows what was measured on every seed."""
     return {
-        "recipe": _name,
+        RECIPE: _name,
         "perplexity": lambda row: figure(row.perplexity, 3, 1.0),
         "KL": lambda row: figure(row.kl, 4, 1.0),
         "/ GPTQ": lambda row: "" if row.kl_to_gptq is None else f"{row.kl_to_gptq:.2f}",
@@ -59,7 +61,7 @@ def _columns(figure: Callable[[Figure | None, int, float], str]) -> dict[str, Sh
         "s": lambda row: _with_spread(row.seconds, 0),
         "MiB": lambda row: "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
         "bits": lambda row: "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}",
-        "online operations": online,
+        ONLINE: online,
     }
 
 
@@ -69,23 +71,26 @@ def _shown(rows: Sequence[Row], columns: dict[str, Show]) -> dict[str, list[str]
     return {title: column for title, column in cells.items() if any(column)}
 
 
-def terminal(rows: Sequence[Row], title: str) -> Table:
-    """Narrower than Markdown: intervals over windows are left out."""
+def terminal(rows: Sequence[Row], title: str) -> Group:
+    """In two parts, and intervals on lines of their own: 80 characters hold no more."""
+    columns = _shown(rows, _columns(_several))
+    parts = [[name for name in columns if (name in QUALITY) == quality and name != RECIPE] for quality in (True, False)]
+    return Group(*(_part(columns, [RECIPE, *part], title) for part, title in zip(parts, (title, None), strict=True)))
+
+
+def _part(columns: dict[str, list[str]], names: list[str], title: str | None) -> Table:
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    columns = _shown(rows, _columns(_with_spread))
-    for name in columns:
-        table.add_column(
-            name, no_wrap=name not in ("zero-shot, %", "recovery, %", "online operations"), overflow="fold"
-        )
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
+    for name in names:
+        table.add_column(name, no_wrap=name != ONLINE, overflow="fold")
+    for cells in zip(*(columns[name] for name in names), strict=True):
+        table.add_row(*(cell.replace(" (", "\n(") for cell in cells))
     return table
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Failures with their reasons, and baselines that beat ours."""
+    """Failures with their reasons, tasks that say nothing, and baselines that beat ours."""
     failed = [f"{row.name}, seed {seed}: {reason}" for row in rows for seed, reason in row.failures.items()]
-    return failed + ahead_of_ours(rows)
+    return failed + without_recovery(rows) + ahead_of_ours(rows)
 
 
 def markdown(rows: Sequence[Row], head: str) -> str:
@@ -94,7 +99,7 @@ def markdown(rows: Sequence[Row], head: str) -> str:
     if tasks:
         done = [row for row in rows if row.tasks]
         columns = {"accuracy, %": [row.name for row in done]}
-        columns |= {task: [f"{100 * row.tasks[task]:.1f}" for row in done if row.tasks] for task in tasks}
+        columns |= {task: [_with_spread(row.tasks[task], 1, 100.0) for row in done if row.tasks] for task in tasks}
         text += "\n" + _grid(columns)
     return text + "".join(f"\n- {note}" for note in notes(rows)) + ("\n" if notes(rows) else "")
 
@@ -122,7 +127,13 @@ def _flat(row: Row) -> dict[str, object]:
         elif key == "failures":
             values[key] = " | ".join(f"seed {seed}: {reason}" for seed, reason in value.items())
         elif isinstance(value, dict):
-            values |= {f"{key}_{name}": part for name, part in value.items()}
+            flat = {n: p for name, part in value.items() for n, p in _parts(name, part).items()}
+            values |= {f"{key}_{name}": part for name, part in flat.items()}
         elif value is not None:
             values[key] = value
     return values
+
+
+def _parts(name: str, value: object) -> dict[str, object]:
+    """A figure of a task: one entry for each of its numbers."""
+    return {f"{name}_{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}

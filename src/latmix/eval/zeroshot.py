@@ -20,6 +20,9 @@ from latmix.model.load import Loaded
 DEFINITIONS = Path(__file__).parent / "tasks"
 LOCAL = "local_"
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task reports is its accuracy here
+RESAMPLED = (
+    2  # resamples for errors of other metrics (a perplexity's, of 5,000 items: minutes), which nobody reads here
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def measure_task(
     except ImportError as error:
         raise UnavailableError(f"Tasks need lm-evaluation-harness: pip install 'latmix[eval]' ({error}).") from error
     for_model, for_run = _options(options or {}, HFLM.__init__, simple_evaluate)
+    for_run.setdefault("bootstrap_iters", RESAMPLED)
     manager = _hub() if folder is None else _local(folder)
     asked = name if folder is None else LOCAL + name
     if asked not in manager.all_subtasks:
@@ -108,5 +112,7 @@ def _score(name: str, result: Mapping[str, Any], samples: list[dict[str, Any]]) 
         raise FailedError(f"The task '{name}' reports none of {', '.join(METRICS)}.")
     key = found[metric]
     error = result[key.replace(metric, f"{metric}_stderr", 1)]
+    if not isinstance(error, float):
+        raise InputError(f"The task '{name}' has no standard error: it needs two items and bootstrap_iters above 0.")
     in_order = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     return TaskScore(name, metric, float(result[key]), float(error), [float(s[metric]) for s in in_order])
