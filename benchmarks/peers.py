@@ -34,7 +34,7 @@ from latmix.model.attach import attach
 from latmix.model.load import Loaded, load
 from latmix.model.maps import build_maps
 from latmix.numerics import parse_format
-from latmix.recipe import Recipe, Tuning, override
+from latmix.recipe import Recipe, override
 from latmix.recipes import find
 
 KEPT = Path("comparisons/peers")
@@ -156,9 +156,7 @@ PAIRS = {
     "auto-200": Pair(
         f"{AR}, 200 iterations",
         auto_round(200),
-        dataclasses.replace(
-            override(find("gptq"), FLOOR), name="gptq, floor, codes tuned", tuning=Tuning(kept=(), biases=())
-        ),
+        override(find("gptq"), FLOOR | {"name": "gptq, floor"}),
     ),
 }
 

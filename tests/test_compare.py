@@ -313,7 +313,7 @@ def test_tables_show_what_rows_hold(tmp_path: Path) -> None:
 
 
 def test_every_form_of_the_table_has_time_memory_bits_online_operations_and_intervals(tmp_path: Path) -> None:
-    items = {"a": [1.0, 0.0, 1.0], "b": [0.0, 1.0, 1.0]}
+    items = {"a": [1.0, 0.0, 1.0] * 20, "b": [0.0, 1.0, 1.0] * 20}
     rows = results.collect([fabricated(tmp_path, n, 0, 0.25, items) for n in (FULL_PRECISION, "quarot")])
     console = rich.console.Console(width=80, file=io.StringIO(), color_system=None)
     console.print(table.terminal(rows, "title"))
