@@ -1,5 +1,8 @@
 """Every baseline has the property that defines it in its source, and says what it runs online."""
 
+import dataclasses
+import inspect
+import re
 from functools import partial
 
 import pytest
@@ -16,11 +19,11 @@ from latmix.model.fit import fit, fitted, metric
 from latmix.model.fold import absorb_gains, fold
 from latmix.model.maps import Maps, build_maps
 from latmix.model.parts import layers
-from latmix.numerics import parse_format
+from latmix.numerics import decode, fake_quant, parse_format
 from latmix.progress import Progress
-from latmix.recipe import Layerwise, Learning, Recipe
+from latmix.recipe import Layerwise, Learning, Recipe, Tuning
 from latmix.recipes import RECIPES, find
-from latmix.transforms import BlockRotation, Diagonal, Hadamard, Wush
+from latmix.transforms import LU, QR, Affine, BlockRotation, Diagonal, Hadamard, Wush
 from latmix.transforms.wush import optimum
 from latmix.weights import GPTQ, parse_quantizer, proxy_loss
 from tests.models import perturb, tiny
@@ -63,6 +66,50 @@ def test_maps_at_random_parameters_keep_the_function_unless_they_are_affine(name
     assert exact == (name not in ("latmix-lu", "latmix-qr"))
     fold(attached, None)
     torch.testing.assert_close(model(WINDOWS[:2]).logits, after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", RECIPES.names())
+def test_a_recipe_cites_its_source(name: str) -> None:
+    about = inspect.getdoc(RECIPES[name]) or ""
+    assert re.search(r"\(.*\d{4}\.\d{5}\)", about) or "Not published" in about
+
+
+def test_rtn_sees_no_data_and_gptq_trades_errors_between_columns() -> None:
+    rtn, gptq, format = find("rtn"), find("gptq"), parse_format(find("rtn").weights)
+    assert not (rtn.folded or rtn.online or rtn.learning or rtn.tuning)
+    assert gptq == dataclasses.replace(rtn, name="gptq", quantizer="gptq")
+    weight, mixed = torch.randn(16, 64), torch.randn(64, 64)
+    hessian = mixed @ mixed.T / 64
+    nearest, traded = (parse_quantizer(recipe.quantizer)(weight, hessian, format) for recipe in (rtn, gptq))
+    torch.testing.assert_close(decode(nearest), fake_quant(weight, format), rtol=0, atol=0)
+    assert proxy_loss(weight, traded, hessian) < 0.8 * proxy_loss(weight, nearest, hessian)
+
+
+def test_block_hadamard_is_one_fixed_matrix_inside_every_block(model) -> None:
+    maps = maps_of(find("block-hadamard"), model)
+    assert not maps.learned()
+    for map in (maps.folded("residual", 0), maps.online("down", 1)):
+        blocks = [Hadamard(32).matrix()] * (map.size // 32)
+        torch.testing.assert_close(map.matrix()[: 32 * len(blocks), : 32 * len(blocks)], torch.block_diag(*blocks))
+
+
+@pytest.mark.parametrize(("name", "form"), [("latmix-lu", LU), ("latmix-qr", QR)])
+def test_latmix_learns_full_affine_maps_of_stream_and_values_on_kl(name: str, form: type, model) -> None:
+    recipe = find(name)
+    assert recipe.learning == Learning() and recipe.learning.objective == "kl" and recipe.quantizer == "gptq"
+    maps = maps_of(recipe, model)
+    assert set(recipe.folded) == {"residual", "values"} and recipe.online == {"down": "block-hadamard"}
+    perturb(maps, 1.0)
+    map = maps.folded("residual", 0)
+    assert isinstance(map, Affine) and isinstance(map.linear_part, form) and bool((map.shift != 0).all())
+    matrix = map.matrix()
+    assert (matrix[:32, 32:] != 0).all() and not torch.allclose(matrix @ matrix.T, torch.eye(64), atol=0.1)
+    signs = [map.linear_part.diagonal.scale.sign() for map in (map, maps_of(recipe, model).folded("residual", 0))]
+    assert torch.equal(*signs)  # whatever is learned
+
+
+def test_latmix_plus_is_block_hadamard_tuned() -> None:
+    assert find("latmix-plus") == dataclasses.replace(find("block-hadamard"), name="latmix-plus", tuning=Tuning())
 
 
 def test_quarot_rotates_everything_at_random_and_rtn_differs_in_the_weights_alone(model) -> None:
