@@ -2,8 +2,9 @@
 
 from latmix import packed as _packed  # noqa: F401  (registers the quantizer with transformers)
 from latmix.errors import LatmixError
+from latmix.evaluation import Evaluation, evaluate
 from latmix.numerics import decode, encode, fake_quant
-from latmix.pipeline import Evaluation, Run, evaluate, quantize
+from latmix.pipeline import Run, quantize
 from latmix.recipe import Recipe
 
 __all__ = ["Evaluation", "LatmixError", "Recipe", "Run", "decode", "encode", "evaluate", "fake_quant", "quantize"]

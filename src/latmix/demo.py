@@ -8,7 +8,8 @@ from rich.table import Table
 
 from latmix.assets import CALIBRATION, DEMO_MODEL, EVALUATION
 from latmix.errors import InputError
-from latmix.pipeline import Evaluation, evaluate, quantize
+from latmix.evaluation import Evaluation, evaluate
+from latmix.pipeline import quantize
 from latmix.progress import Progress
 from latmix.rundir import write_json
 

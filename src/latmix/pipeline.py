@@ -20,14 +20,13 @@ from latmix import recipes, targets
 from latmix.archs import Arch
 from latmix.assets import CALIBRATION
 from latmix.convert import Conversion, Task
-from latmix.data import calibration_windows, read_text, windows
+from latmix.data import calibration_windows, read_text
 from latmix.distill import ranks
-from latmix.errors import InputError
-from latmix.eval import Estimate, score, size_of
+from latmix.eval import size_of
 from latmix.model import checkpoint
 from latmix.model.inputs import quantize_inputs
 from latmix.model.layout import layout_of
-from latmix.model.load import Loaded, load, load_tokenizer
+from latmix.model.load import Loaded, load_tokenizer
 from latmix.model.maps import Maps, build_maps, reports
 from latmix.model.parts import linears
 from latmix.model.source import open_source, pick_device
@@ -39,7 +38,6 @@ from latmix.rundir import (
     RECIPE,
     SUMMARY,
     TRANSFORMS,
-    is_run,
     partial_of,
     read_json,
     write_json,
@@ -49,8 +47,6 @@ from latmix.weights import parse_quantizer
 from latmix.whole import help_learning, learned, tuned
 from latmix.workspace import LEARN, Workspace, workspace
 
-LONGEST_WINDOW = 2048  # the field's window for perplexity, where the model can take it
-
 
 @dataclass(frozen=True)
 class Run:
@@ -59,20 +55,6 @@ class Run:
     path: Path
     recipe: Recipe
     summary: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`kl` and `top1_agreement` are None without a reference, `bits_per_weight` for an unquantized model."""
-
-    perplexity: Estimate
-    kl: Estimate | None
-    top1_agreement: Estimate | None
-    size_bytes: int
-    bits_per_weight: float | None
-    text: str
-    windows: int
-    window: int
 
 
 def quantize(
@@ -120,7 +102,7 @@ def quantize(
         torch.cat([taught, held_out]).numpy().tobytes()
     ).hexdigest()  # another tokenizer makes others
     inputs = {"model": source.digest(), "calibration": corpus.digest, "tokens": tokens}
-    inputs |= {"device": pick_device().type, **_versions()}
+    inputs |= {"device": pick_device().type, **versions()}
     with workspace(out, recipe, inputs) as space:
         if not (space.folder / SUMMARY).exists():
             stages = Stages(space.work / "stages.json")
@@ -131,7 +113,7 @@ def quantize(
                 **found,
                 "model": str(model),
                 "calibration": {"text": corpus.source, "sha256": corpus.digest, "shape": list(taught.shape)},
-                "versions": _versions() | _machine(),
+                "versions": versions() | _machine(),
             }
             write_json(space.folder / SUMMARY, summary)
     return Run(out, recipe, read_json(out / SUMMARY))
@@ -163,7 +145,7 @@ def _convert(
     with stages.stage("save"):
         model = task.source.skeleton()
         checkpoint.describe(model, tokenizer, folder, space.work)
-        count = _quantized_weights(model, task.source.arch)
+        count = quantized_weights(model, task.source.arch)
     change = measured and measured.float_change
     return {
         "held_out": scores and dataclasses.asdict(scores),
@@ -174,38 +156,6 @@ def _convert(
         "stages": stages.costs,
         "kernels": kernels.status(),
     }
-
-
-def evaluate(
-    target: Path | str,
-    text: Path | str,
-    reference: Path | str | None = None,
-    window: int | None = None,
-    separator: str | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Measure a run, or a plain Hugging Face model, on a text; with `reference`, against that model.
-
-    Args:
-        window: tokens in a window; unless given 2048, or the longest the model can take.
-        separator: what stands between documents in the text; None: it is one document.
-
-    Raises: LatmixError: bad input, in one sentence.
-    """
-    target = Path(target)
-    corpus = read_text(text, separator)
-    loaded = restore(target) if is_run(target) else load(target)
-    original = load(reference) if reference is not None else None
-    if window is not None and not 2 <= window <= loaded.longest:
-        raise InputError(f"A window of {window} tokens does not fit this model; choose from 2 to {loaded.longest}.")
-    cut = windows(corpus, loaded.tokenizer, window or min(LONGEST_WINDOW, loaded.longest), loaded.vocabulary)
-    if original and original.vocabulary != loaded.vocabulary:
-        raise InputError(f"The reference '{reference}' has another vocabulary than '{target}'.")
-    scores = score(loaded.model, cut, original.model if original else None, progress=progress)
-    size = size_of(target, _quantized_weights(loaded.model, loaded.arch))
-    return Evaluation(
-        scores.perplexity, scores.kl, scores.top1_agreement, size.bytes, size.bits_per_weight, str(text), *cut.shape
-    )
 
 
 def restore(path: Path, rounded: bool = True) -> Loaded:
@@ -228,11 +178,11 @@ def _maps(arch: Arch, config: PreTrainedConfig, recipe: Recipe) -> Maps:
     return build_maps(arch, config, recipe.folded, recipe.online, block=block, seed=recipe.seed).to(pick_device())
 
 
-def _quantized_weights(model: PreTrainedModel, arch: Arch) -> int:
+def quantized_weights(model: PreTrainedModel, arch: Arch) -> int:
     return sum(place.weight.numel() for place in linears(model, arch).values())
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {name: version(name) for name in ("latmix", "torch", "transformers")}
 
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from latmix.errors import BusyError, DamagedError, InputError, WriteError
 from latmix.typed import parsed
@@ -107,12 +107,25 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises: BusyError: one does.
     """
-    with (folder / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"Another process works in '{folder}'; wait for it, or choose another --out.") from None
+    with alone(folder / LOCK, f"in '{folder}'; wait for it, or choose another --out"):
         yield
+
+
+@contextmanager
+def alone(file: Path, where: str) -> Iterator[IO[bytes]]:
+    """The file, to be read and appended to, which no other process has in this way; it is made where there is none.
+
+    Raises: BusyError: another process has it, or has just given it up and removed it.
+    """
+    with file.open("a+b") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = os.fstat(held.fileno()).st_nlink == 0
+        except BlockingIOError:
+            gone = True
+        if gone:
+            raise BusyError(f"Another process works {where}.")
+        yield held
 
 
 def flush(path: Path) -> None:

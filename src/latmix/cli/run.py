@@ -8,7 +8,7 @@ import rich
 import typer
 
 import latmix
-from latmix import demo, rundir
+from latmix import demo
 from latmix.cli.app import app
 from latmix.cli.terminal import TerminalProgress, score_table, settings
 from latmix.recipes import DEFAULT
@@ -59,7 +59,7 @@ def evaluate(
     target: Annotated[Path, typer.Argument(metavar="DIR_OR_MODEL", help="A run directory or a Hugging Face folder.")],
     text: Annotated[Path, typer.Option(help="Text to measure on.")],
     reference: Annotated[Path | None, typer.Option(help="The unquantized model, for KL and agreement.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the result here as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result here as JSON, and go on when stopped.")] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens in a window; 2048 or the model's limit unless given.")
     ] = None,
@@ -70,10 +70,8 @@ def evaluate(
     """Perplexity of a model or run; with --reference also KL and top-1 agreement. Intervals: bootstrap over windows."""
     between = None if separator is None else separator.replace("\\n", "\n")
     with TerminalProgress() as progress:
-        result = latmix.evaluate(target, text, reference, window, between, progress)
+        result = latmix.evaluate(target, text, reference, window, between, progress, json)
     values = dataclasses.asdict(result)
-    if json is not None:
-        rundir.write_json(json, values)
     title = f"{target} on {result.windows} windows of {result.window} tokens from {text}"
     rich.print(score_table(title, values))
     bits = "" if result.bits_per_weight is None else f", {result.bits_per_weight:.2f} bits per quantized weight"

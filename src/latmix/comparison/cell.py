@@ -20,8 +20,9 @@ from pathlib import Path
 from latmix.comparison.plan import Cell
 from latmix.errors import LatmixError
 from latmix.eval.zeroshot import measure_task
+from latmix.evaluation import evaluate
 from latmix.model.load import load
-from latmix.pipeline import evaluate, quantize, restore
+from latmix.pipeline import quantize, restore
 from latmix.rundir import write_json
 
 
@@ -36,8 +37,7 @@ def compute(cell: Cell) -> None:
         target = Path(cell.model) if cell.recipe is None else cell.run
         ask = cell.measures
         if not cell.evaluation.is_file():
-            result = evaluate(target, ask.text, cell.model, ask.window, ask.separator)
-            write_json(cell.evaluation, dataclasses.asdict(result))
+            evaluate(target, ask.text, cell.model, ask.window, ask.separator, out=cell.evaluation)
         if missing := [name for name in ask.tasks if not cell.task(name).is_file()]:
             loaded = load(target) if cell.recipe is None else restore(target)
             for name in missing:

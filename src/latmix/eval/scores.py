@@ -15,9 +15,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latmix.distill import divergence
+from latmix.eval.kept import Kept
 from latmix.progress import Progress
 
 RESAMPLES, COVERAGE = 1000, 0.95
+BATCH = 8  # windows in one forward
+MEASURES = ("negative log-likelihood", "KL", "agreement")  # of each token; without a reference the first alone
 
 
 @dataclass(frozen=True)
@@ -52,43 +55,66 @@ def score(
     model: PreTrainedModel,
     windows: Int[Tensor, "windows window"],
     reference: PreTrainedModel | None = None,
-    batch: int = 8,
+    batch: int = BATCH,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> Scores:
-    """Cost: one forward of the model, and of the reference, per window."""
+    """Cost: one forward of the model, and of the reference, per window, but for what is `kept` already."""
     scoring, batches, progress = Scoring(windows), windows.to(model.device).split(batch), progress or Progress()
     progress.stage("evaluate", len(batches))
+    known = iter(kept.known if kept else ())
     for ids in batches:
-        got = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        expected = None if reference is None else reference(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        scoring.add(got, expected)
+        if (found := next(known, None)) is not None:
+            scoring.put(found)
+        else:
+            got = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            expected = None if reference is None else reference(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            scoring.add(got, expected)
+            if kept:
+                kept.add(scoring.last)
         progress.advance()
     return scoring.scores()
 
 
 class Scoring:
-    """Scores from logits, which come for some tokens at a time: window after window, without the last token of each."""
+    """Scores from logits, which come for some tokens at a time: window after window, without the last token of each.
+
+    Attributes: last: what the last call brought, a row for each measure: negative log-likelihood, and, where there is a
+        reference, KL and agreement.
+    """
+
+    last: Float[Tensor, "measures tokens"]
 
     def __init__(self, windows: Int[Tensor, "windows window"]) -> None:
         self._following, self._windows, self._at = windows[:, 1:].flatten(), len(windows), 0
         # room for all at once: small results that outlive large logits would keep the heap from reusing their place
-        self._nll, self._kl, self._agreement = (torch.empty(len(self._following)) for _ in range(3))
-        self._compared = False
+        self._results = torch.empty(len(MEASURES), len(self._following))
 
     def add(self, got: Float[Tensor, "tokens vocabulary"], expected: Float[Tensor, "tokens vocabulary"] | None) -> None:
         """expected: the reference's logits, in every call or in none."""
-        these = slice(self._at, self._at + len(got))
-        self._at, self._compared = these.stop, expected is not None
-        self._nll[these] = F.cross_entropy(got.float(), self._following[these].to(got.device), reduction="none")
+        self._next(len(got), 1 if expected is None else len(MEASURES))
+        following = self._following[self._at - len(got) : self._at].to(got.device)
+        self.last[0] = F.cross_entropy(got.float(), following, reduction="none")
         if expected is not None:
-            self._kl[these] = divergence(expected.float(), got.float())
-            self._agreement[these] = (expected.argmax(-1) == got.argmax(-1)).float()
+            self.last[1] = divergence(expected.float(), got.float())
+            self.last[2] = (expected.argmax(-1) == got.argmax(-1)).float()
+
+    def put(self, results: Float[Tensor, "measures tokens"]) -> None:
+        """What `last` was after such tokens were added, instead of adding them."""
+        self._next(results.shape[1], len(results))
+        self.last[:] = results
+
+    def _next(self, tokens: int, measures: int) -> None:
+        self.last = self._results[:measures, self._at : self._at + tokens]
+        self._at += tokens
 
     def scores(self) -> Scores:
+        nll, *compared = self._results[: len(self.last)]
+        kl, agreement = compared or (None, None)
         return Scores(
-            perplexity=bootstrap(self._means(self._nll), exponential=True),
-            kl=bootstrap(self._means(self._kl)) if self._compared else None,
-            top1_agreement=bootstrap(self._means(self._agreement.double())) if self._compared else None,
+            perplexity=bootstrap(self._means(nll), exponential=True),
+            kl=None if kl is None else bootstrap(self._means(kl)),
+            top1_agreement=None if agreement is None else bootstrap(self._means(agreement.double())),
         )
 
     def _means(self, tokens: Float[Tensor, " tokens"]) -> Float[np.ndarray, " windows"]:
