@@ -20,7 +20,7 @@ from latmix.export import fingerprint, shards, streamed
 from latmix.export.source import open_run
 from latmix.export.verify import interpreter
 from latmix.pipeline import restore
-from latmix.seal import seal
+from latmix.seal import listed, seal
 from latmix.targets import TARGETS
 from tests.exported import IDS, WITH_GGUF, Runs, agrees, logits
 
@@ -138,7 +138,7 @@ class TestFolders:
         assert not (tmp_path / "out.partial" / fingerprint.FILE).exists()
         assert list((tmp_path / "out.partial").glob(".*.tmp"))
         out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
-        assert not list(out.glob(".*")) and fingerprint.FILE in exports.open_export(out)["files"]
+        assert not list(out.glob(".*")) and fingerprint.FILE in listed(out)
 
     def test_another_exports_leavings_are_not_resumed(self, runs: Runs, tmp_path: Path) -> None:
         (tmp_path / "out.partial").mkdir()
@@ -166,20 +166,49 @@ class TestFolders:
         file = out / ("model.gguf" if target == "gguf" else "model.safetensors")
         whole = file.read_bytes()
         file.write_bytes(whole[:-7])
-        with pytest.raises(latmix.LatmixError, match=f"{file.name}' is cut short or changed"):
-            exports.verify(out)
-        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(latmix.LatmixError, match="has been changed since the export"):
+        with pytest.raises(latmix.LatmixError, match=f"{file.name}' is damaged: its SHA-256 is not"):
             exports.verify(out)
         file.unlink()
         with pytest.raises(latmix.LatmixError, match=f"incomplete: '{file.name}' is missing"):
             exports.verify(out)
         manifest = json.loads((out / "latmix.json").read_text())
         (out / "latmix.json").write_text(json.dumps({**manifest, "version": 9}))
-        with pytest.raises(latmix.LatmixError, match="has version 9; this latmix reads version 1"):
+        with pytest.raises(latmix.LatmixError, match="has version 9; this latmix reads version 2"):
             exports.verify(out)
         with pytest.raises(latmix.LatmixError, match="is no export of latmix"):
             exports.verify(tmp_path)
+
+    def test_every_file_is_under_checksum(self, runs: Runs, tmp_path: Path) -> None:
+        """Manifest, model card and verdict too, before an engine has loaded the folder and after."""
+        out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        for _ in range(2):
+            files = {file.name for file in out.iterdir()}
+            assert set(listed(out)) == files - {"SHA256SUMS"} > {"latmix.json", "README.md", "model.safetensors"}
+            for name in files:
+                whole = (out / name).read_bytes()
+                at = len(whole) // 2
+                (out / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+                with pytest.raises(latmix.LatmixError, match="SHA256SUMS" if name == "SHA256SUMS" else name):
+                    exports.open_export(out)
+                (out / name).write_bytes(whole)
+            assert exports.verify(out).passed
+        assert "verdict.json" in files
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "tokenizer.json"])
+    def test_a_damaged_half_done_export_is_refused(
+        self, name: str, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(fingerprint, "take", killed)
+            exports.export(runs("rtn"), "transformers", tmp_path / "out")
+        file = tmp_path / "out.partial" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(latmix.LatmixError, match=f"{name}' is not what was written there; remove '.*out.partial'"):
+            exports.export(runs("rtn"), "transformers", tmp_path / "out")
 
     def test_a_damaged_run_is_not_exported(self, runs: Runs, tmp_path: Path) -> None:
         run = Path(shutil.copytree(runs("rtn"), tmp_path / "run"))
@@ -205,9 +234,7 @@ class TestFolders:
         out = exports.export(runs("rtn"), "transformers", tmp_path / "out")
         other = exports.export(runs("quarot"), "transformers", tmp_path / "other")
         shutil.copy(other / fingerprint.FILE, out)
-        manifest = json.loads((out / "latmix.json").read_text())
-        manifest["files"][fingerprint.FILE] = json.loads((other / "latmix.json").read_text())["files"][fingerprint.FILE]
-        (out / "latmix.json").write_text(json.dumps(manifest))
+        seal(out)
         verdict = exports.verify(out)
         assert not verdict.passed and verdict.kl > 1e-3
 

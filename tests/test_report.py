@@ -11,6 +11,8 @@ import pytest
 import latmix
 from latmix.analysis.report import names, report
 from latmix.analysis.svg import Words, lines, nice_ticks, pairs
+from latmix.errors import DamagedError
+from latmix.seal import seal
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION
 
@@ -84,8 +86,24 @@ def test_bad_input(runs: list[Path], tmp_path: Path) -> None:
         report(runs, tmp_path / "kept.html")
     broken = Path(shutil.copytree(runs[0], tmp_path / "broken"))
     (broken / "summary.json").write_text("{}")
+    seal(broken)  # by somebody who knows about the checksums
     with pytest.raises(latmix.LatmixError, match="damaged or of another version"):
         report([broken], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "summary.json", "metrics.jsonl", "SHA256SUMS"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_is_shown_is_what_was_written(name: str, lost: bool, runs: list[Path], tmp_path: Path) -> None:
+    """A digit of a figure that changed, or a curve that went away, is no other result."""
+    run = Path(shutil.copytree(runs[1], tmp_path / "run"))
+    data = (run / name).read_bytes()
+    digit = re.search(rb"[1-8]", data)
+    assert digit is not None
+    at = digit.start()
+    (run / name).unlink() if lost else (run / name).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(DamagedError, match=f"'{name}' is missing" if lost else r"is damaged: its SHA-256 is not"):
+        report([run], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
@@ -104,6 +122,7 @@ def test_losses_of_different_kinds_share_no_chart(runs: list[Path], tmp_path: Pa
     recipe = json.loads((other / "recipe.json").read_text())
     recipe["learning"]["objective"] = "cross-entropy"
     (other / "recipe.json").write_text(json.dumps(recipe))
+    seal(other)
     page = report([runs[1], other], tmp_path / "report.html").read_text("utf-8")
     assert len(re.findall('aria-label="Learning: KL of every batch. latmix-lu ends at [0-9.]+"', page)) == 1
     assert len(re.findall('aria-label="Learning: cross-entropy of every batch. other ends at [0-9.]+"', page)) == 1

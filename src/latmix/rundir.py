@@ -21,7 +21,7 @@ from latmix.typed import parsed
 RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
 METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
 INPUTS, LOG = "inputs.json", "log.txt"  # what the run is made from, by content; when it did what
-SUMS = "SHA256SUMS"  # of a finished run (`latmix.seal`)
+SUMS = "SHA256SUMS"  # of a finished folder (`latmix.seal`)
 LOCK, JOURNAL = "lock", "journal"  # held by who works in a folder; checksums of what was written there so far
 
 
@@ -92,13 +92,13 @@ def _sweep(path: Path) -> None:
 
 
 def note(path: Path, checksum: str) -> None:
-    """Into the journal of the folder that is being filled, where there is one (`latmix.workspace`)."""
-    for folder in path.parents[:2]:
-        if (folder / JOURNAL).exists():
-            with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
-                journal.write(f"{checksum}  {path.relative_to(folder)}\n")
-                journal.flush()
-                os.fsync(journal.fileno())
+    """Into the journal of the folder that is being filled, where there is one (`latmix.seal`)."""
+    folder = next((folder for folder in path.parents[:2] if (folder / JOURNAL).exists()), None)
+    if folder is not None:
+        with (folder / JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(f"{checksum}  {path.relative_to(folder)}\n")
+            journal.flush()
+            os.fsync(journal.fileno())
 
 
 @contextmanager

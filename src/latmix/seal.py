@@ -1,14 +1,19 @@
-"""A finished folder under checksum: `SHA256SUMS`, as coreutils' `sha256sum` writes and checks it.
+"""Folders under checksum: `SHA256SUMS` of a finished one, `journal` of one in the making.
 
-It is written last and lists every file beside it, so that a bit that flips anywhere in the folder, this file included,
-is noticed when the folder is opened. It guards against accidents: who changes a file on purpose can change its line.
+`SHA256SUMS`, as coreutils' `sha256sum` writes and checks it, is written last and lists every file beside it, so that a
+bit that flips anywhere in the folder, this file included, is noticed when the folder is opened. The journal gets a line
+before each file gets its name (`rundir.written`): which of the files written under a name stands there when the process
+ends, its line is there. Both guard against accidents: who changes a file on purpose can change its line.
 """
 
+import hashlib
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from latmix.errors import DamagedError
-from latmix.rundir import SUMS, digest, write_text
+from latmix.rundir import JOURNAL, SUMS, digest, read_json, write_text
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
@@ -19,28 +24,85 @@ def seal(folder: Path) -> None:
     write_text(folder / SUMS, "".join(f"{digest(file)}  {file.name}\n" for file in files))
 
 
-def unsealed(folder: Path) -> frozenset[str]:
-    """The names of the files of a sealed folder, all of them as they were. Cost: one pass over the files.
+def rewrite(file: Path, text: str) -> None:
+    """Write a file of a sealed folder anew; whenever the process stops, the folder is sealed.
 
-    Raises: DamagedError: a file is missing or has changed; names it.
+    Raises: WriteError: a file cannot be written.
     """
-    for name, checksum in (listed := _listed(folder / SUMS)).items():
+    sums = file.with_name(SUMS)
+    lines, own = sums.read_text("utf-8").splitlines(keepends=True), f"  {file.name}\n"
+    line = hashlib.sha256(text.encode()).hexdigest() + own
+    if any(old.endswith(own) for old in lines):
+        write_text(sums, "".join([*lines, line]))  # in the meantime it may be either
+    write_text(file, text)
+    write_text(sums, "".join([*(old for old in lines if not old.endswith(own)), line]))
+
+
+def check(folder: Path, names: Collection[str] | None = None) -> None:
+    """These files of a sealed folder, all that are listed unless given, are as they were, or were never there.
+
+    Cost: one pass over them.
+
+    Raises: DamagedError: one is missing, has changed, or is there and not listed; names it.
+    """
+    sums = listed(folder)
+    for name in sorted(sums if names is None else names):
         file = folder / name
-        if not file.is_file():
+        if name in sums and not file.is_file():
             raise DamagedError(f"'{folder}' is incomplete: '{name}' is missing.")
-        if digest(file) != checksum:
+        if name not in sums and file.exists():
+            raise DamagedError(f"'{folder}' holds '{name}', which {SUMS} does not list.")
+        if name in sums and digest(file) not in sums[name]:
             raise DamagedError(f"'{file}' is damaged: its SHA-256 is not the one in {SUMS}.")
-    return frozenset(listed)
 
 
-def _listed(file: Path) -> dict[str, str]:
-    """Name → checksum."""
+def listed(folder: Path) -> Mapping[str, set[str]]:
+    """Name → checksum of what a sealed folder holds; two where a process was killed while it wrote that file anew.
+
+    Raises: DamagedError: the list is missing or damaged.
+    """
+    file = folder / SUMS
     try:
         lines = [_LINE.fullmatch(line) for line in file.read_text("utf-8").splitlines()]
     except FileNotFoundError:
-        raise DamagedError(f"'{file.parent}' is incomplete: '{file.name}' is missing.") from None
+        raise DamagedError(f"'{folder}' is incomplete: '{SUMS}' is missing.") from None
     except (OSError, ValueError) as error:
         raise DamagedError(f"'{file}' cannot be read: {error}.") from error
     if not lines or None in lines:
         raise DamagedError(f"'{file}' is damaged: its lines are a checksum and a name.")
-    return {match[2]: match[1] for match in lines if match}
+    found: dict[str, set[str]] = {}
+    for match in filter(None, lines):
+        found.setdefault(match[2], set()).add(match[1])
+    return found
+
+
+def noted(folder: Path) -> Mapping[str, set[str]]:
+    """Name → the checksums of what was written under it, from the journal; nothing where there is none."""
+    found: dict[str, set[str]] = {}
+    journal = folder / JOURNAL
+    for line in journal.read_text("utf-8", errors="replace").splitlines() if journal.exists() else ():
+        checksum, _, name = line.partition("  ")
+        found.setdefault(name, set()).add(checksum)
+    return found
+
+
+def compare_noted(folder: Path) -> None:
+    """Each file that was noted is one of those that were written under its name: of a file that is written again, the
+    one before stands there until the new one has the name.
+
+    Raises: DamagedError: it is not; names it.
+    """
+    for name, checksums in noted(folder).items():
+        if name and "\0" not in name and (folder / name).is_file() and digest(folder / name) not in checksums:
+            raise DamagedError(f"'{folder / name}' is not what was written there; remove '{folder}' and begin again.")
+
+
+def read_noted(folder: Path, file: Path) -> Any:
+    """A JSON file somewhere below the folder.
+
+    Raises: LatmixError: missing, or not what was written there.
+    """
+    value = read_json(file)
+    if digest(file) not in noted(folder).get(str(file.relative_to(folder)), ()):
+        raise DamagedError(f"'{file}' is not what was written there; remove it, and the same command makes it again.")
+    return value

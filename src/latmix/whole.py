@@ -5,6 +5,7 @@ Each keeps a snapshot in the workspace and goes on from it; its result is a file
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from latmix.model.tensors import Tensors
 from latmix.numerics import Quantized
 from latmix.progress import Progress
 from latmix.recipe import Recipe
-from latmix.rundir import METRICS, TRANSFORMS, TUNING, digest, note, read_json, write_json
+from latmix.rundir import METRICS, TRANSFORMS, TUNING, read_json, write_json, written
 from latmix.workspace import LEARN, TUNE, Workspace
 
 
@@ -50,7 +51,6 @@ def learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress, sn
             with ranks.together():
                 _learn(task, recipe, space, progress, noted, snapshot)
         maps.save(file)
-        _keep(space.folder / METRICS)
     return read_json(noted) if noted.exists() else None
 
 
@@ -68,7 +68,7 @@ def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress, not
     write_json(noted, change.mean)
     learn_layers(attached, teacher, task.taught, recipe, progress)
     if recipe.learning is not None and maps.learned():
-        with _curve(space.folder / METRICS, "learn", recipe.learning.steps, progress) as record:
+        with _curve(space, METRICS, "learn", recipe.learning.steps, progress) as record:
             learn(attached, teacher, task.taught, task.held_out, recipe.learning, recipe.seed, record, snapshot)
 
 
@@ -81,11 +81,10 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
         student, quantized = _quantized(task, space.work)
         unrounded = folded_weights(teacher, arch, task.maps)
         assert recipe.tuning is not None
-        with _curve(space.folder / TUNING, "tune", recipe.tuning.steps, progress) as record:
+        with _curve(space, TUNING, "tune", recipe.tuning.steps, progress) as record:
             arguments = (teacher, task.taught, task.held_out, recipe.tuning, recipe.seed, record, space.snapshot(TUNE))
             quantized = tune(student, arch, quantized, unrounded, *arguments)
         checkpoint.save(student, arch, quantized, space.folder)
-        _keep(space.folder / TUNING)
     student, _ = _quantized(task, space.folder)
     return score(student, task.held_out, teacher)
 
@@ -99,17 +98,13 @@ def _quantized(task: Task, shards: Path) -> tuple[PreTrainedModel, dict[str, Qua
     return model, quantized
 
 
-def _keep(curve: Path) -> None:
-    """A curve that is not written again is under checksum from now on."""
-    if curve.exists():
-        note(curve, digest(curve))
-
-
 @contextmanager
-def _curve(path: Path, stage: str, steps: int, progress: Progress) -> Iterator[Callable[[Step], None]]:
-    """Where a learning stage reports its steps: a line each in the file, and the progress."""
+def _curve(space: Workspace, name: str, stage: str, steps: int, progress: Progress) -> Iterator[Callable[[Step], None]]:
+    """Where a learning stage reports its steps: the progress, and a line each in a file that grows in `work` and is the
+    run's when it is whole. A stage that goes on writes it again, from its snapshot."""
     progress.stage(stage, steps)
-    with path.open("w", encoding="utf-8") as metrics:
+    growing = space.work / name
+    with growing.open("w", encoding="utf-8") as metrics:
 
         def record(step: Step) -> None:
             metrics.write(json.dumps(dataclasses.asdict(step)) + "\n")
@@ -117,3 +112,5 @@ def _curve(path: Path, stage: str, steps: int, progress: Progress) -> Iterator[C
                 progress.advance("" if step.held_out is None else f"held-out KL {step.held_out:.4f}")
 
         yield record
+    with written(space.folder / name) as temporary:
+        shutil.copyfile(growing, temporary)

@@ -23,7 +23,6 @@ from latmix.rundir import (
     JOURNAL,
     LOCK,
     RECIPE,
-    digest,
     flush,
     locked,
     partial_of,
@@ -31,7 +30,7 @@ from latmix.rundir import (
     write_json,
     write_text,
 )
-from latmix.seal import seal
+from latmix.seal import compare_noted, seal
 
 WORK = "work"
 LEARN, LAYERS, TUNE = "learn", "quantize", "tune"
@@ -116,8 +115,7 @@ def _identify(space: Workspace, recipe: Recipe, inputs: Mapping[str, Any]) -> No
     folder, now = space.folder, {"recipe": json.loads(recipe.to_json()), **inputs}
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink()
-    if (folder / JOURNAL).exists():
-        _compare_files(folder)
+    compare_noted(folder)
     (folder / JOURNAL).touch()
     if (folder / INPUTS).exists():
         noted = {"recipe": read_json(folder / RECIPE), **read_json(folder / INPUTS)}
@@ -128,21 +126,6 @@ def _identify(space: Workspace, recipe: Recipe, inputs: Mapping[str, Any]) -> No
         raise DamagedError(f"'{folder}' holds '{strange[0]}' but no {INPUTS}: it is no run of latmix; remove it first.")
     write_text(folder / RECIPE, recipe.to_json() + "\n")
     write_json(folder / INPUTS, inputs)
-
-
-def _compare_files(folder: Path) -> None:
-    """Each file that was noted is one of those that were written under its name: of a file that is written again, the
-    one before stands there until the new one has the name.
-
-    Raises: DamagedError: it is not; names it.
-    """
-    noted: dict[str, set[str]] = {}
-    for line in (folder / JOURNAL).read_text("utf-8", errors="replace").splitlines():
-        checksum, _, name = line.partition("  ")
-        noted.setdefault(name, set()).add(checksum)
-    for name, checksums in noted.items():
-        if name and "\0" not in name and (folder / name).is_file() and digest(folder / name) not in checksums:
-            raise DamagedError(f"'{folder / name}' is not what was written there; remove '{folder}' and begin again.")
 
 
 def _compare(space: Workspace, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -20,7 +20,9 @@ from latmix.assets import DEMO_MODEL
 from latmix.cli.terminal import settings
 from latmix.data import calibration_windows, read_text
 from latmix.eval.activations import places
-from latmix.export.folder import MANIFEST, VERSION, open_export
+from latmix.eval.kept import SUFFIX, kept
+from latmix.export.base import MANIFEST
+from latmix.export.folder import VERSION, open_export
 from latmix.model.load import load_tokenizer
 from latmix.model.maps import build_transform
 from latmix.model.shards import INDEX, read_header, stored_tensors
@@ -28,7 +30,8 @@ from latmix.model.source import open_source
 from latmix.numerics import FORMATS, SCALE_RULES, parse_format
 from latmix.recipe import Calibration, from_json, override
 from latmix.recipes import RECIPES, find
-from latmix.rundir import METRICS, RECIPE, SUMMARY
+from latmix.rundir import JOURNAL, METRICS, RECIPE, SUMMARY, SUMS
+from latmix.seal import check, compare_noted, seal
 from latmix.transforms import INITIALS, TRANSFORMS
 from latmix.weights import parse_quantizer
 from tests.fuzz.strategies import edited_bytes, edited_json, edited_text
@@ -242,21 +245,43 @@ RUN = {
 def _report(data: bytes, folder: Path) -> object:
     for name, words in several(data, RECIPE, SUMMARY, METRICS).items():
         (folder / name).write_bytes(words)
+    seal(folder)
     return report([folder], folder / "report.html")
 
 
 @target(
     "export manifests",
     JSON,
-    [
-        {
-            "version": VERSION,
-            "engines": ["vllm"],
-            "files": {"a": {"bytes": 1, "sha256": hashlib.sha256(b"a").hexdigest()}},
-        }
-    ],
+    [{"version": VERSION, "engines": ["vllm"], "held_out": None}],
 )
 def _manifest(data: bytes, folder: Path) -> object:
-    (folder / "a").write_bytes(b"a")
     (folder / MANIFEST).write_bytes(data)
+    seal(folder)
     return open_export(folder)
+
+
+CHECKSUM = hashlib.sha256(b"a").hexdigest()
+
+
+@target("checksums", TEXT, [f"{CHECKSUM}  a\n", f"{CHECKSUM}  a\n{'0' * 64}  a\n", f"{CHECKSUM}  ../a\n"])
+def _checksums(data: bytes, folder: Path) -> object:
+    (folder / "a").write_bytes(b"a")
+    (folder / SUMS).write_bytes(data)
+    return check(folder)
+
+
+@target("journals", TEXT, [f"{CHECKSUM}  a\n", f"{CHECKSUM}  work/a\n{'0' * 64}  a\n", f"{CHECKSUM}  {'a' * 300}\n"])
+def _journal(data: bytes, folder: Path) -> object:
+    (folder / "a").write_bytes(b"a")
+    (folder / JOURNAL).write_bytes(data)
+    return compare_noted(folder)
+
+
+WHAT = {"model": CHECKSUM, "reference": None, "separator": None, "text": CHECKSUM, "window": 8}
+
+
+@target("evaluations in the making", BYTES, [json.dumps(WHAT).encode() + b"\n" + bytes(60), b"{}\n", b""])
+def _evaluation(data: bytes, folder: Path) -> object:
+    (folder / f"result.json{SUFFIX}").write_bytes(data)
+    with kept(folder / "result.json", WHAT, [(1, 7), (1, 7)]) as found:
+        return found.known

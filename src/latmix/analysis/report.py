@@ -13,8 +13,9 @@ from typing import Any
 
 from latmix.analysis.charts import chart, errors, table
 from latmix.analysis.svg import Words, lines
-from latmix.errors import DamagedError, InputError, WriteError
-from latmix.rundir import METRICS, RECIPE, SUMMARY, TUNING, is_run, read_json
+from latmix.errors import DamagedError, InputError
+from latmix.rundir import METRICS, RECIPE, SUMMARY, TUNING, is_run, read_json, write_text
+from latmix.seal import check
 from latmix.typed import parsed
 
 CURVES = {"Learning": METRICS, "Tuning": TUNING}
@@ -40,13 +41,12 @@ def report(runs: Sequence[Path], out: Path) -> Path:
         raise InputError(f"'{out}' exists; choose another --out or remove it.")
     page = render([read(run, name) for run, name in zip(runs, names(runs), strict=True)])
     try:
-        out.write_text(page, "utf-8")
+        page.encode()
     except UnicodeEncodeError as error:
         raise DamagedError(
             f"A run's {RECIPE} or {SUMMARY} holds characters that no page can: {error.reason}."
         ) from error
-    except OSError as error:
-        raise WriteError(f"Cannot write '{out}': {error.strerror}.") from error
+    write_text(out, page)
     return out
 
 
@@ -70,6 +70,7 @@ def read(run: Path, name: str) -> Record:
     """Raises: LatmixError: not a run, or damaged."""
     if not is_run(run):
         raise InputError(f"'{run}' is not a run directory: it has no {SUMMARY}.")
+    check(run, (RECIPE, SUMMARY, *CURVES.values()))
     curves = {title: _steps(run / file) for title, file in CURVES.items()}
     recipe, summary = (read_json(run / name) for name in (RECIPE, SUMMARY))
     if not isinstance(recipe, dict) or not isinstance(summary, dict):

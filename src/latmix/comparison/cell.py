@@ -23,7 +23,7 @@ from latmix.eval.zeroshot import measure_task
 from latmix.evaluation import evaluate
 from latmix.model.load import load
 from latmix.pipeline import quantize, restore
-from latmix.rundir import write_json
+from latmix.rundir import JOURNAL, write_json
 
 
 def compute(cell: Cell) -> None:
@@ -52,6 +52,7 @@ def _owned(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / JOURNAL).touch()  # of checksums, of every result that is written below
         yield
 
 

@@ -11,6 +11,7 @@ alike.
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from latmix.comparison.plan import Cell
 from latmix.eval.scores import COVERAGE, RESAMPLES
 from latmix.rundir import SUMMARY, read_json
+from latmix.seal import check, read_noted
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ def _row(name: str, cells: list[Cell], reference: Cell, baseline: float | None) 
     failures = {cell.seed: _reason(cell) for cell in cells if not cell.finished}
     if not done:
         return Row(name, 0, failures)
-    results = [read_json(cell.evaluation) for cell in done]
+    results = [_read(cell, cell.evaluation) for cell in done]
     kl = figure(results, "kl")
-    summaries = [read_json(cell.run / SUMMARY) for cell in done if cell.recipe]
+    summaries = [_summary(cell.run) for cell in done if cell.recipe]
     tasks = done[0].measures.tasks
     return Row(
         name,
@@ -96,12 +98,23 @@ def _row(name: str, cells: list[Cell], reference: Cell, baseline: float | None) 
     )
 
 
+def _read(cell: Cell, file: Path) -> Any:
+    """A result of the cell. Raises: DamagedError: it is not what the cell's process wrote."""
+    return read_noted(Path(cell.folder), file)
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    check(run, (SUMMARY,))
+    found: dict[str, Any] = read_json(run / SUMMARY)
+    return found
+
+
 def _reason(cell: Cell) -> str:
     return str(read_json(cell.failure)["reason"]) if cell.failure.is_file() else "Not computed yet."
 
 
 def _mean_kl(cells: list[Cell]) -> float | None:
-    done = [read_json(cell.evaluation)["kl"]["mean"] for cell in cells if cell.finished]
+    done = [_read(cell, cell.evaluation)["kl"]["mean"] for cell in cells if cell.finished]
     return statistics.mean(done) if done else None
 
 
@@ -125,7 +138,7 @@ def _plain(values: list[float]) -> Figure | None:
 
 
 def _accuracy(cells: list[Cell], tasks: Sequence[str]) -> Figure:
-    results = [[read_json(cell.task(name)) for name in tasks] for cell in cells]
+    results = [[_read(cell, cell.task(name)) for name in tasks] for cell in cells]
     mean = statistics.mean(task["accuracy"] for seed in results for task in seed)
     errors = [statistics.mean(seed[i]["stderr"] for seed in results) for i in range(len(results[0]))]
     return Figure(mean, spread=float(np.linalg.norm(errors)) / len(errors))
@@ -138,10 +151,10 @@ def _recovery(cells: list[Cell], reference: Cell) -> Figure | None:
     shares: list[float] = []
     drawn: Float[np.ndarray, " resamples"] = np.zeros(RESAMPLES)
     for name in reference.measures.tasks:
-        full = np.array(read_json(reference.task(name))["items"])
+        full = np.array(_read(reference, reference.task(name))["items"])
         if not full.any():
             continue
-        ours = np.mean([read_json(cell.task(name))["items"] for cell in cells], axis=0)
+        ours = np.mean([_read(cell, cell.task(name))["items"] for cell in cells], axis=0)
         picks = generator.integers(len(full), size=(RESAMPLES, len(full)))
         drawn += ours[picks].mean(1) / np.maximum(full[picks].mean(1), 1 / len(full))
         shares.append(float(ours.mean() / full.mean()))

@@ -22,3 +22,5 @@ class Export:
 
 
 EXPORTS: Registry[Export] = Registry("export")
+MANIFEST = "latmix.json"  # of the finished folder
+TENSORS = (".safetensors", ".gguf")  # endings of the files that weigh

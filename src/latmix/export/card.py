@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from latmix.export.base import EXPORTS
+from latmix.export.base import EXPORTS, MANIFEST, TENSORS
 from latmix.rundir import read_json
 
 CARD, VERDICT = "README.md", "verdict.json"
@@ -21,9 +21,9 @@ CAVEATS = {
 }
 
 
-def write(folder: Path, final: Path) -> None:
-    """Write the card of `folder`, which will be called `final`."""
-    manifest = read_json(folder / "latmix.json")
+def text(folder: Path, final: Path) -> str:
+    """The card of `folder`, which will be called `final`."""
+    manifest = read_json(folder / MANIFEST)
     recipe, target = manifest["recipe"], manifest["target"]
     held_out = manifest["held_out"]
     measured = "not measured"
@@ -32,12 +32,10 @@ def write(folder: Path, final: Path) -> None:
         measured = f"perplexity {held_out['perplexity']['mean']:.3f}, KL to the original {kl:.4f} nats a token,\n"
         measured += f"top-1 agreement {100 * agreement:.1f} %"
     online = ", ".join(f"`{spec}` at the input of {spot}" for spot, spec in manifest["online"].items()) or "none"
-    served = sum(
-        entry["bytes"] for name, entry in manifest["files"].items() if name.endswith((".safetensors", ".gguf"))
-    )
+    served = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in TENSORS)
     rounded = f"`{recipe['activations']}` (the scale rule they were learned under)"
     rounded = rounded if recipe["activations"] else "left alone"
-    text = f"""---
+    return f"""---
 library_name: {"transformers" if target != "gguf" else "gguf"}
 tags: [{recipe["weights"].partition(":")[0]}, latmix, {target}]
 ---
@@ -61,7 +59,6 @@ On held-out calibration text: {measured}.
 
 {_verdicts(folder)}
 """
-    (folder / CARD).write_text(text, "utf-8")
 
 
 A16 = "Without that option vLLM 0.32 rounds activations where the GPU can (Blackwell), whatever the file says."

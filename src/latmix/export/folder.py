@@ -1,7 +1,7 @@
 """From a run to a finished folder: check, write, fingerprint, describe, rename.
 
-The folder carries what a later check needs: `latmix.json`, with the SHA-256 of every file it was made of, and
-`latmix.fingerprint`, what the run itself answers on a text.
+The folder carries what a later check needs: `latmix.json`, what was exported; `latmix.fingerprint`, what the run itself
+answers on a text; and `SHA256SUMS`, which lists every file.
 """
 
 import dataclasses
@@ -13,13 +13,11 @@ from typing import Any
 
 from latmix.errors import DamagedError, InputError
 from latmix.export import card, fingerprint
-from latmix.export.base import EXPORTS
+from latmix.export.base import EXPORTS, MANIFEST, TENSORS
 from latmix.export.shards import filling, plan_of
 from latmix.export.source import Source, open_run
-from latmix.model.shards import is_bare
 from latmix.rundir import (
     INPUTS,
-    LOCK,
     LOG,
     METRICS,
     RECIPE,
@@ -27,14 +25,15 @@ from latmix.rundir import (
     SUMS,
     TRANSFORMS,
     TUNING,
-    digest,
     read_json,
     write_json,
+    write_text,
+    written,
 )
+from latmix.seal import check
 from latmix.targets import TARGETS, refuse
 
-MANIFEST, VERSION = "latmix.json", 1
-LATER = (MANIFEST, LOCK, card.CARD, card.VERDICT)  # not under checksums: written, or written again, at the end
+VERSION = 2
 OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, INPUTS, LOG, SUMS, "config.json")
 
 
@@ -52,15 +51,15 @@ def export(run: Path, to: str, out: Path) -> Path:
         exporter.write(source, folder)
         for file in sorted(run.iterdir()):
             if file.is_file() and file.name not in OURS and not file.name.startswith("quantized"):
-                shutil.copyfile(file, folder / file.name)
+                with written(folder / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
         fingerprint.take(source, folder)
-        write_json(folder / MANIFEST, _manifest(source, to, exporter.engines(source), folder))
-        card.write(folder, out)
+        write_json(folder / MANIFEST, _manifest(source, to, exporter.engines(source)))
+        write_text(folder / card.CARD, card.text(folder, out))
     return out
 
 
-def _manifest(source: Source, to: str, engines: tuple[str, ...], folder: Path) -> dict[str, Any]:
-    files = sorted(file.name for file in folder.iterdir() if file.name not in LATER)
+def _manifest(source: Source, to: str, engines: tuple[str, ...]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "latmix": version("latmix"),
@@ -74,7 +73,6 @@ def _manifest(source: Source, to: str, engines: tuple[str, ...], folder: Path) -
         "held_out": source.summary["held_out"],
         "calibration": source.summary["calibration"],
         "versions": source.summary["versions"],
-        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)} for name in files},
     }
 
 
@@ -92,7 +90,9 @@ def _parameters(source: Source) -> int:
 def open_export(folder: Path) -> dict[str, Any]:
     """The manifest of an export whose files are all as they were written.
 
-    Raises: LatmixError: no export, one of another version, or a file missing, cut short or changed.
+    Cost: one pass over them.
+
+    Raises: LatmixError: no export, one of another version, or a file missing or changed.
     """
     if not (folder / MANIFEST).is_file():
         raise InputError(f"'{folder}' is no export of latmix: it has no {MANIFEST}.")
@@ -102,27 +102,9 @@ def open_export(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"The export '{folder}' has version {found}; this latmix reads version {VERSION}.")
     if not isinstance(manifest.get("engines"), list):
         raise DamagedError(f"'{folder / MANIFEST}' is damaged: it names no engines.")
-    for name, size, checksum in _files(manifest, folder):
-        file = folder / name
-        if not file.is_file():
-            raise DamagedError(f"The export '{folder}' is incomplete: '{name}' is missing.")
-        if file.stat().st_size != size:
-            raise DamagedError(f"'{file}' is cut short or changed: {file.stat().st_size} bytes of {size}.")
-        if digest(file) != checksum:
-            raise DamagedError(f"'{file}' has been changed since the export: its SHA-256 differs from {MANIFEST}.")
+    check(folder)
     checked: dict[str, Any] = manifest
     return checked
-
-
-def _files(manifest: dict[str, Any], folder: Path) -> list[tuple[str, Any, Any]]:
-    """Name, size and SHA-256 of what is under checksum. Raises: DamagedError: the manifest is not as it was written."""
-    try:
-        files = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
-    except (LookupError, TypeError, AttributeError) as error:
-        raise DamagedError(f"'{folder / MANIFEST}' is damaged: {error!r}.") from error
-    if strange := [name for name, *_ in files if not is_bare(name)]:
-        raise DamagedError(f"'{folder / MANIFEST}' names '{strange[0]}', which is no file of the folder.")
-    return files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,5 +116,5 @@ class Weight:
 
 
 def weight_of(folder: Path, manifest: dict[str, Any]) -> Weight:
-    tensors = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf")]
+    tensors = [file for file in folder.iterdir() if file.suffix in TENSORS]
     return Weight(sum(file.stat().st_size for file in tensors), manifest["bf16_bytes"])

@@ -1,7 +1,8 @@
 """Tensors to safetensors shards, one tensor in memory at a time; a killed export goes on where it stopped.
 
 A shard that has its name is whole (`rundir.written`). What the folder is being filled with is noted first
-(`plan.json`): another export, or the same of a changed run, does not resume it.
+(`plan.json`): another export, or the same of a changed run, does not resume it. What is finished is in a journal, and
+the whole folder is sealed at the end (`latmix.seal`).
 """
 
 import json
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from latmix.errors import InputError, WriteError
 from latmix.model.tensors import Rows, write
-from latmix.rundir import LOCK, digest, flush, locked, partial_of, read_json, write_json
+from latmix.rundir import JOURNAL, LOCK, digest, flush, locked, partial_of, read_json, write_json
+from latmix.seal import compare_noted, seal
 
 SHARD = 2**31
 """Bytes in a shard, at most (a larger tensor has a shard of its own)."""
 
 PLAN = "plan.json"
+MADE = (LOCK, JOURNAL)  # before the plan
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Piece:
 def filling(out: Path, plan: Any) -> Iterator[Path]:
     """The folder `OUT.partial` to fill, new or that of a killed export with the same plan; at the end it becomes `out`.
 
-    Raises: LatmixError: `out` exists, the partial folder is another export's, another process works in it, or it cannot
-        be written.
+    Raises: LatmixError: `out` exists, the partial folder is damaged or another export's, another process works in it,
+        or it cannot be written.
     """
     partial = partial_of(out)
     try:
@@ -57,7 +60,9 @@ def filling(out: Path, plan: Any) -> Iterator[Path]:
             partial_of(out)  # whoever had the lock may have finished
             _identify(partial, plan)
             yield partial
-            (partial / LOCK).unlink()
+            for name in (JOURNAL, LOCK):
+                (partial / name).unlink()
+            seal(partial)
             os.replace(partial, out)
             flush(out.parent)
     except OSError as error:
@@ -65,13 +70,15 @@ def filling(out: Path, plan: Any) -> Iterator[Path]:
 
 
 def _identify(partial: Path, plan: Any) -> None:
+    compare_noted(partial)
     if (partial / PLAN).exists():
         if read_json(partial / PLAN) != plan:
             raise InputError(f"'{partial}' is another export's, or of a run that has changed since; remove it first.")
-    elif strange := [path.name for path in partial.iterdir() if path.name != LOCK and path.suffix != ".tmp"]:
+    elif strange := [path.name for path in partial.iterdir() if path.name not in MADE and path.suffix != ".tmp"]:
         raise InputError(f"'{partial}' holds '{strange[0]}' but no {PLAN}: it is no export of latmix; remove it first.")
     for leaving in partial.glob(".*.tmp"):  # of a process that was killed in the middle of a file
         leaving.unlink()
+    (partial / JOURNAL).touch()
     write_json(partial / PLAN, plan)
 
 

@@ -8,6 +8,7 @@ ids; the tokenizer is compared by itself.
 
 import dataclasses
 import datetime
+import fcntl
 import importlib.util
 import json
 import os
@@ -26,10 +27,12 @@ from torch import Tensor
 
 from latmix.errors import FailedError, InputError, UnavailableError
 from latmix.export import card, fingerprint
+from latmix.export.base import MANIFEST
 from latmix.export.engines import run_transformers
 from latmix.export.fingerprint import Fingerprint, following
 from latmix.export.folder import open_export
-from latmix.rundir import read_json, write_json
+from latmix.rundir import read_json
+from latmix.seal import rewrite
 
 SAME, BETWEEN, DIVERGED = 0.005, 0.01, 1e-3
 MODULES = {"vllm": "vllm", "transformers": "transformers", "llama": "llama_cpp"}
@@ -85,10 +88,12 @@ def verify(folder: Path, engine: str | None = None, python: str | None = None) -
 
 
 def record(folder: Path, engine: str, verdict: Verdict) -> None:
-    """Into `verdict.json`, beside other engines', and into the model card."""
-    known = read_json(folder / card.VERDICT) if (folder / card.VERDICT).exists() else {}
-    write_json(folder / card.VERDICT, known | {engine: dataclasses.asdict(verdict)})
-    card.write(folder, folder)
+    """Into `verdict.json`, beside other engines', and into the model card; one process after the other."""
+    with (folder / MANIFEST).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = read_json(folder / card.VERDICT) if (folder / card.VERDICT).exists() else {}
+        rewrite(folder / card.VERDICT, json.dumps(known | {engine: dataclasses.asdict(verdict)}, indent=2) + "\n")
+        rewrite(folder / card.CARD, card.text(folder, folder))
 
 
 def installed(engine: str, target: str) -> bool:

@@ -25,8 +25,8 @@ from latmix.model.parts import layers, linear
 from latmix.model.source import pick_device, read_arch, read_config, skeleton
 from latmix.model.tensors import Rows, Tensors, rows, write
 from latmix.numerics import BlockFormat, Quantized, decode, pack, unpack
-from latmix.rundir import SUMS, written
-from latmix.seal import unsealed
+from latmix.rundir import written
+from latmix.seal import check, listed
 
 EMBEDDING, HEAD, EVERY = "quantized-embedding.safetensors", "quantized-head.safetensors", "quantized-*.safetensors"
 KEPT = torch.bfloat16  # embedding, norms, head and biases
@@ -129,9 +129,8 @@ def checked(run: Path) -> Tensors:
 
     Raises: DamagedError: a file is missing, cut short, changed or strange.
     """
-    listed, files = unsealed(run), sorted(run.glob(EVERY))
-    if strange := [file.name for file in files if file.name not in listed]:
-        raise DamagedError(f"The run '{run}' holds '{strange[0]}', which {SUMS} does not list.")
+    files = sorted(run.glob(EVERY))
+    check(run, {*listed(run), *(file.name for file in files)})
     return Tensors.of(files)
 
 

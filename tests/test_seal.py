@@ -1,0 +1,80 @@
+"""Folders under checksum: what is listed, what is noticed, and that a file written anew leaves no moment unsealed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from latmix import rundir
+from latmix.errors import DamagedError
+from latmix.rundir import JOURNAL, SUMS, write_json
+from latmix.seal import check, listed, read_noted, rewrite, seal
+
+
+class Killed(BaseException):
+    """What no handler of errors catches, as a process that is killed runs none."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    seal(tmp_path)
+    return tmp_path
+
+
+def test_what_is_not_listed_is_noticed_where_it_is_asked_for(folder: Path) -> None:
+    (folder / "c").write_text("c")
+    check(folder)
+    check(folder, ("a", "not there"))
+    with pytest.raises(DamagedError, match="holds 'c', which SHA256SUMS does not list"):
+        check(folder, ("a", "c"))
+
+
+@pytest.mark.parametrize("name", ["b", "new"])
+def test_a_file_is_written_anew_and_the_folder_is_sealed_at_any_moment(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, seen = os.replace, set()
+
+    def killed_at(left: int) -> None:
+        """Before the file gets its name, or right after."""
+
+        def step(old: Path, new: Path) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            replace(old, new)
+            left -= 1
+            if left == 0:
+                raise Killed
+
+        monkeypatch.setattr(rundir.os, "replace", step)
+
+    for moment in range(1, 7 if name == "b" else 5):
+        killed_at(moment)
+        with pytest.raises(Killed):
+            rewrite(folder / name, f"as of {moment}")
+        seen.add((folder / name).read_text() if (folder / name).exists() else "")
+        check(folder)
+    killed_at(0)
+    rewrite(folder / name, "at last")
+    check(folder)
+    assert all(len(checksums) == 1 for checksums in listed(folder).values()) and set(listed(folder)) == {"a", "b", name}
+    assert len(seen) > 1
+    (folder / name).write_text("something else")
+    with pytest.raises(DamagedError, match=f"{name}' is damaged"):
+        check(folder)
+
+
+def test_results_below_a_folder_with_a_journal_are_checked(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).touch()
+    file = tmp_path / "tasks" / "one.json"
+    for value in ({"accuracy": 0.5}, {"accuracy": 0.25}):
+        write_json(file, value)
+        assert read_noted(tmp_path, file) == value
+    file.write_text(file.read_text().replace("0.25", "0.75"))
+    with pytest.raises(DamagedError, match=r"one.json' is not what was written there; remove it"):
+        read_noted(tmp_path, file)
+    assert SUMS not in {path.name for path in tmp_path.iterdir()}
