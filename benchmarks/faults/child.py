@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from latmix import stages
 from latmix.errors import LatmixError
+from latmix.eval.kept import Kept
 
 CRASHED = 99
 GROWING = ("open", "os.rename", "os.mkdir")  # what a full disk refuses
@@ -107,24 +110,41 @@ def _tell_stages(writer: int) -> None:
         with original(self, name):
             yield
 
-    stages.Stages.stage = stage  # type: ignore[method-assign]
+    def add(self: Kept, results: torch.Tensor) -> None:
+        os.write(writer, b"evaluate\n")
+        kept(self, results)
+
+    kept = Kept.add
+    stages.Stages.stage, Kept.add = stage, add  # type: ignore[method-assign]
 
 
 def operations(folder: Path, seen: Callable[[int], None], events: tuple[str, ...] = EVENTS) -> Job:
-    """Lets the process call `seen(n)` before it changes a file below the folder for the n-th time.
+    """Lets the process call `seen(n)` before it changes a file below the folder, or waits for the disk, for the n-th
+    time.
 
     Changes are those that Python reports (PEP 578). What Rust writes on its own is not among them, but its files are
     renamed by Python.
     """
-    count = 0
+    count, fsync = 0, os.fsync
+
+    def one() -> None:
+        nonlocal count
+        count += 1
+        seen(count)
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
         if event in events and _changes(event, arguments, str(folder)):
-            count += 1
-            seen(count)
+            one()
 
-    return lambda: sys.addaudithook(hook)
+    def counted(descriptor: int) -> None:
+        one()
+        fsync(descriptor)
+
+    def job() -> None:
+        sys.addaudithook(hook)
+        os.fsync = counted
+
+    return job
 
 
 def _changes(event: str, arguments: tuple[object, ...], folder: str) -> bool:

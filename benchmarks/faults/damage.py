@@ -51,8 +51,8 @@ def _quantize_rtn(model: Path, out: Path) -> None:
 
 
 def damaged_half(campaign: Campaign, folder: Path) -> None:
-    """A killed run of which a file is damaged before it goes on: refused by name, or no difference."""
-    work, out = campaign.random.choice(campaign.quantizing), folder / "out"
+    """A killed job of which a file is damaged before it goes on: refused by name, or no difference."""
+    work, out = campaign.random.choice(campaign.works), folder / "out"
     at_an_operation(campaign, work, out)
     files = [
         file for file in folder.rglob("*") if file.is_file() and "out.partial" in file.parts and file.stat().st_size
@@ -64,7 +64,7 @@ def damaged_half(campaign: Campaign, folder: Path) -> None:
     child.end()
     refused = child.code == 2 and "Traceback" not in child.words
     fine = refused or (child.code == 0 and campaign.same(work, out, child))
-    campaign.note("damaged half-done run: refused, or no difference", work.name, kind, fine, child)
+    campaign.note("damaged half-done output: refused, or no difference", work.name, kind, fine, child)
     if not fine:
         print(f"({file.name} {kind})")
 

@@ -59,7 +59,7 @@ def at_an_operation(campaign: Campaign, work: Work, out: Path) -> Child:
 def signals(campaign: Campaign, count: int) -> None:
     """Ctrl-C and SIGTERM at the command line: the exit code says so, and the same command goes on."""
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        for work in campaign.on(*campaign.quantizing, campaign.evaluating):
+        for work in campaign.on(*campaign.works):
             for _ in range(count if campaign.time_left else 0):
                 with campaign.fresh() as folder:
                     stage, seconds = campaign.moment(work)
@@ -130,20 +130,26 @@ def starved(campaign: Campaign, work: Work, fault: str, child: Child, out: Path)
 
 
 def together(campaign: Campaign, count: int) -> None:
-    """A second process on the same directory is refused, and the first one is not disturbed."""
-    for work in campaign.on(*campaign.quantizing, *campaign.exporting):
+    """A second process on the same folder or result is refused, and the first one is not disturbed."""
+    for work in campaign.on(*campaign.works):
         for _ in range(count if campaign.time_left else 0):
             with campaign.fresh() as folder:
                 out, other = folder / "out", campaign.folder / "second"
                 other.mkdir(exist_ok=True)
                 first = campaign.start(work.job(out), folder)
-                while first.wait(seconds=0.005) and not list(folder.glob("out.partial/*.json")):
+                while first.wait(seconds=0.005) and not _begun(folder / "out.partial"):
                     continue  # until it has the lock
                 if first.wait(seconds=campaign.random.random() / 10):
                     os.kill(first.pid, signal.SIGSTOP)
                     second = campaign.start(work.job(out), other)
-                    refused = second.end() in (1, 2) and ("Another process" in second.words or out.exists())
+                    second.end()
+                    refused = second.sane and ("Another process" in second.words or out.exists())
                     os.kill(first.pid, signal.SIGCONT)
                     fine = first.end() == 0 and campaign.same(work, out, first)
-                    campaign.note("two processes on one folder", work.name, "", refused and fine, second)
+                    campaign.note("two processes on one output", work.name, "", refused and fine, second)
                 first.end()
+
+
+def _begun(partial: Path) -> bool:
+    """Whether a process has said there what it makes."""
+    return partial.stat().st_size > 0 if partial.is_file() else bool(list(partial.glob("*.json")))
