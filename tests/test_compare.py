@@ -26,9 +26,11 @@ from latmix.comparison.cell import _reason, compute
 from latmix.comparison.plan import FULL_PRECISION, Cell, Measures
 from latmix.comparison.results import Figure
 from latmix.comparison.seeds import seeded
-from latmix.errors import LatmixError
+from latmix.errors import DamagedError, LatmixError
 from latmix.recipe import override
 from latmix.recipes import RECIPES, find
+from latmix.rundir import JOURNAL, write_json
+from latmix.seal import seal
 from tests.test_pipeline import FAST, save_tiny, settings
 from tests.texts import CALIBRATION, OTHER
 
@@ -170,21 +172,21 @@ def one_cell(model: Path, out: Path) -> Cell:
     return plan.cells(model, ["block-hadamard"], out, 1, CALIBRATION, measures, settings("block-hadamard"))[1]
 
 
-@pytest.mark.parametrize("moment", ["quantize", "evaluate", "write_json"])
+@pytest.mark.parametrize("moment", ["comparison.cell.quantize", "comparison.cell.evaluate", "evaluation.write_json"])
 def test_a_cell_that_was_killed_between_its_steps_ends_in_the_same(
     moment: str, model: Path, undisturbed: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a run: tests/test_resume.py."""
     cell = one_cell(model, tmp_path)
 
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"latmix.comparison.cell.{moment}", killed)
+        patched.setattr(f"latmix.{moment}", killed)
         with pytest.raises(Killed):
             compute(cell)
-    assert not cell.finished and cell.run.is_dir() == (moment != "quantize")
+    assert not cell.finished and cell.run.is_dir() == (moment != "comparison.cell.quantize")
     compute(cell)
     assert cell.finished and cell.evaluation.read_bytes() == undisturbed
 
@@ -247,6 +249,8 @@ def fabricated(tmp_path: Path, name: str, seed: int, kl: float, items: dict[str,
     cell = Cell(name, seed, str(tmp_path / f"{name}{seed}"), "model", "calibration", recipe, measures, "digest")
     stages = {"load": {"seconds": 1.0, "peak_bytes": 5}, "quantize": {"seconds": 2.0 + seed, "peak_bytes": 7 + seed}}
     estimate = {"mean": kl, "low": kl - 0.1, "high": kl + 0.1}
+    cell.run.parent.mkdir()
+    (cell.run.parent / JOURNAL).touch()
     files = {
         cell.evaluation: {"perplexity": estimate, "kl": estimate, "top1_agreement": estimate, "bits_per_weight": 4.25}
     }
@@ -256,9 +260,23 @@ def fabricated(tmp_path: Path, name: str, seed: int, kl: float, items: dict[str,
         score = {"accuracy": float(np.mean(right)), "stderr": 0.1, "items": right}
         files[cell.task(task)] = score
     for file, value in files.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(value))
+        write_json(file, value)
+    if recipe:
+        seal(cell.run)
     return cell
+
+
+@pytest.mark.parametrize("what", ["evaluation", "task", "run"])
+def test_a_result_that_changed_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    cells = [fabricated(tmp_path, name, 0, 0.25, {"a": [1.0, 0.0]}) for name in (FULL_PRECISION, "gptq")]
+    assert results.collect(cells)[1].kl_to_gptq == 1.0
+    files = {"evaluation": cells[1].evaluation, "task": cells[1].task("a"), "run": cells[1].run / "summary.json"}
+    text = files[what].read_text()
+    files[what].write_text(text.replace("5", "4", 1))
+    with pytest.raises(DamagedError, match=files[what].name):
+        results.collect(cells)
+    files[what].write_text(text)
+    assert results.collect(cells)[1].kl_to_gptq == 1.0
 
 
 def test_rows_hold_means_spreads_and_paired_recovery(tmp_path: Path) -> None:

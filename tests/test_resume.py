@@ -22,7 +22,7 @@ from latmix.pipeline import restore
 from latmix.recipe import override
 from latmix.recipes import find
 from latmix.rundir import LOCK, SUMS
-from latmix.workspace import MAY_CHANGE, workspace
+from latmix.workspace import LAYERS, MAY_CHANGE, TUNE, workspace
 from tests.test_pipeline import save_tiny
 from tests.texts import CALIBRATION
 
@@ -204,6 +204,14 @@ class TestChanges:
         (other / "tokenizer.json").write_text(json.dumps(words))
         with pytest.raises(InputError, match="holds a run with tokens "):
             quantize(other, stopped)
+
+    def test_the_guide_has_the_table(self) -> None:
+        page = (Path(__file__).parents[1] / "docs" / "guide" / "long-jobs.md").read_text("utf-8")
+        words = {None: "always", LAYERS: "the first layer is quantized", TUNE: "tuning has begun"}
+        rows = re.findall(r"^\| `([\w.]+)`[^|]*\| ([^|]+) \|$", page.partition("| recipe field |")[2], re.MULTILINE)
+        assert dict(rows[: len(MAY_CHANGE)]) == {
+            key.removeprefix("recipe."): words[stage] for key, stage in MAY_CHANGE.items()
+        }
 
     def test_the_table_names_recipe_keys(self) -> None:
         known = {name for name, _ in _dotted(override(find("latmix-plus"), LEARNED))}
