@@ -200,17 +200,18 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("recipe", "bound"), [("block-hadamard", 0.01), ("latmix-lu", 0.05)])
 def test_threads_and_batches_change_next_to_nothing(
-    change: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, bound: float, change: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums in another order: a code changes where a target lies on a tie, and what follows from it. The bound, on this
-    model: a code in a hundred, and a hundredth of the divergence."""
+    model: a byte in a hundred, and a hundredth of the divergence; five times that where maps are learned."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        one = quantize(model, tmp_path / "one")
+        one = quantize(model, tmp_path / "one", recipe)
         CHANGES[change](monkeypatch)
-        other = quantize(model, tmp_path / "other")
+        other = quantize(model, tmp_path / "other", recipe)
     finally:
         torch.set_num_threads(before)
     codes = [
@@ -219,7 +220,23 @@ def test_threads_and_batches_change_next_to_nothing(
     ]
     total = sum(tensor.numel() for tensor in codes[0].values())
     differing = sum(int((tensor != codes[1][key]).sum()) for key, tensor in codes[0].items())
-    assert differing <= total / 100
+    assert differing <= bound * total
     kl = [run.summary["held_out"]["kl"]["mean"] for run in (one, other)]
-    assert kl[0] == pytest.approx(kl[1], rel=0.01)
-    assert json.dumps(one.summary["maps"]) == json.dumps(other.summary["maps"])
+    assert kl[0] == pytest.approx(kl[1], rel=bound)
+    if one.recipe.learning is None:
+        assert json.dumps(one.summary["maps"]) == json.dumps(other.summary["maps"])
+
+
+def test_a_factor_that_threads_share_changes_next_to_no_code() -> None:
+    """From some 384 inputs on they add up a Cholesky factor in another order. The bound: a code in ten thousand."""
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    weight, mixed = (torch.randn(rows, 512, generator=generator) for rows in (64, 512))
+    inputs = torch.randn(1024, 512, generator=generator) @ mixed
+    codes = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            codes.append(parse_quantizer("gptq")(weight, inputs.T @ inputs, FORMAT).codes)
+    finally:
+        torch.set_num_threads(before)
+    assert int((codes[0] != codes[1]).sum()) <= weight.numel() // 10_000

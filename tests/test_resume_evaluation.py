@@ -150,6 +150,14 @@ def test_a_record_that_is_cut_short_or_damaged_is_computed_again(half: Path) -> 
     assert finish(half.with_suffix("")) == 2
 
 
+def test_what_was_killed_before_the_result_had_its_name_computes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(Killed), kept(tmp_path / "unit.json", WHAT, BATCHES) as finished:
+        for batch in RESULTS:
+            finished.add(batch)
+        raise Killed
+    assert finish(tmp_path / "unit.json") == len(BATCHES)
+
+
 def test_a_first_line_that_is_cut_short_is_written_again_and_a_damaged_one_refused(half: Path) -> None:
     data = half.read_bytes()
     for at in range(0, data.index(b"\n") + 1, 3):

@@ -22,7 +22,7 @@ RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safeten
 METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
 INPUTS, LOG = "inputs.json", "log.txt"  # what the run is made from, by content; when it did what
 SUMS = "SHA256SUMS"  # of a finished folder (`latmix.seal`)
-LOCK, JOURNAL = "lock", "journal"  # held by who works in a folder; checksums of what was written there so far
+LOCK, JOURNAL = "lock", "latmix.journal"  # held by who works in a folder; checksums of what was written there so far
 
 
 def partial_of(out: Path) -> Path:

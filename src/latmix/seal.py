@@ -1,4 +1,4 @@
-"""Folders under checksum: `SHA256SUMS` of a finished one, `journal` of one in the making.
+"""Folders under checksum: `SHA256SUMS` of a finished one, `latmix.journal` of one in the making.
 
 `SHA256SUMS`, as coreutils' `sha256sum` writes and checks it, is written last and lists every file beside it, so that a
 bit that flips anywhere in the folder, this file included, is noticed when the folder is opened. The journal gets a line

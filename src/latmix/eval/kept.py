@@ -29,7 +29,7 @@ SUFFIX = ".partial"
 class Kept:
     """Attributes: known: of each batch that is finished already, the results."""
 
-    def __init__(self, file: IO[bytes], known: Sequence[Float[Tensor, "measures tokens"]]) -> None:
+    def __init__(self, file: IO[bytes], known: Sequence[Float[Tensor, "measures _"]]) -> None:
         self._file, self.known = file, known
 
     def add(self, results: Float[Tensor, "measures tokens"]) -> None:
@@ -83,7 +83,7 @@ def _identify(file: IO[bytes], path: Path, what: Mapping[str, Any]) -> None:
     raise DamagedError(f"'{path}' is damaged; remove it first.")
 
 
-def _known(file: IO[bytes], batches: Sequence[tuple[int, int]]) -> list[Float[Tensor, "measures tokens"]]:
+def _known(file: IO[bytes], batches: Sequence[tuple[int, int]]) -> list[Float[Tensor, "measures _"]]:
     """The whole records, in order; what follows the last of them is cut off."""
     found = []
     for shape in batches:
