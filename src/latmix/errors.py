@@ -74,10 +74,10 @@ class WriteError(FailedError):
 
 
 class BusyError(FailedError):
-    """Another process works in the same folder.
+    """Another process works on the same output.
 
-    Cause: two commands with the same `--out`.
-    Remedy: wait for the other one, or choose another `--out`.
+    Cause: two commands with the same `--out` or `--json`.
+    Remedy: wait for the other one, or choose another `--out` or `--json`.
     """
 
 
