@@ -49,7 +49,7 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
     for name in sorted(sums if names is None else names):
         file = folder / name
         if name in sums and not file.is_file():
-            raise DamagedError(f"'{folder}' is incomplete: '{name}' is missing.")
+            raise DamagedError(f"'{folder}' is incomplete: '{name}' is missing ({SUMS} lists it).")
         if name not in sums and file.exists():
             raise DamagedError(f"'{folder}' holds '{name}', which {SUMS} does not list.")
         if name in sums and digest(file) not in sums[name]:
