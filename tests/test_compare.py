@@ -249,7 +249,7 @@ def fabricated(tmp_path: Path, name: str, seed: int, kl: float, items: dict[str,
     cell = Cell(name, seed, str(tmp_path / f"{name}{seed}"), "model", "calibration", recipe, measures, "digest")
     stages = {"load": {"seconds": 1.0, "peak_bytes": 5}, "quantize": {"seconds": 2.0 + seed, "peak_bytes": 7 + seed}}
     estimate = {"mean": kl, "low": kl - 0.1, "high": kl + 0.1}
-    cell.run.parent.mkdir()
+    cell.run.parent.mkdir(parents=True, exist_ok=True)
     (cell.run.parent / JOURNAL).touch()
     files = {
         cell.evaluation: {"perplexity": estimate, "kl": estimate, "top1_agreement": estimate, "bits_per_weight": 4.25}
