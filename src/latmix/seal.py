@@ -45,15 +45,14 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
 
     Raises: DamagedError: one is missing, has changed, or is there and not listed; names it.
     """
-    sums = listed(folder)
+    sums, files = listed(folder), {file.name: file for file in folder.iterdir() if file.is_file()}
     for name in sorted(sums if names is None else names):
-        file = folder / name
-        if name in sums and not file.is_file():
+        if name in sums and name not in files:
             raise DamagedError(f"'{folder}' is incomplete: '{name}' is missing ({SUMS} lists it).")
-        if name not in sums and file.exists():
+        if name in files and name not in sums:
             raise DamagedError(f"'{folder}' holds '{name}', which {SUMS} does not list.")
-        if name in sums and digest(file) not in sums[name]:
-            raise DamagedError(f"'{file}' is damaged: its SHA-256 is not the one in {SUMS}.")
+        if name in files and digest(files[name]) not in sums[name]:
+            raise DamagedError(f"'{files[name]}' is damaged: its SHA-256 is not the one in {SUMS}.")
 
 
 def listed(folder: Path) -> Mapping[str, set[str]]:
@@ -92,9 +91,10 @@ def compare_noted(folder: Path) -> None:
 
     Raises: DamagedError: it is not; names it.
     """
-    for name, checksums in noted(folder).items():
-        if name and "\0" not in name and (folder / name).is_file() and digest(folder / name) not in checksums:
-            raise DamagedError(f"'{folder / name}' is not what was written there; remove '{folder}' and begin again.")
+    checksums = noted(folder)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        if (known := checksums.get(str(file.relative_to(folder)))) and digest(file) not in known:
+            raise DamagedError(f"'{file}' is not what was written there; remove '{folder}' and begin again.")
 
 
 def read_noted(folder: Path, file: Path) -> Any:
