@@ -1,13 +1,18 @@
 """Tiny random models of every declared family, with random norm gains and biases: identities would hide mistakes."""
 
+from collections.abc import Mapping
+
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix.archs import ARCHS, Arch
 from latmix.model.calibrate import quantize_layer
+from latmix.model.free import Filled, Free, free
 from latmix.model.parts import layers
 from latmix.numerics import BlockFormat, Quantized
+from latmix.recipe import Tuning
 from latmix.weights import parse_quantizer
 
 
@@ -29,6 +34,28 @@ def rounded(model: PreTrainedModel, arch: Arch, format: BlockFormat) -> dict[str
     every = enumerate(layers(model, arch))
     found = [(i, quantize_layer(layer, arch, parse_quantizer("rtn"), format, None).quantized) for i, layer in every]
     return {f"{arch.layers}.{i}.{name}": q for i, by_name in found for name, q in by_name.items()}
+
+
+def free_parts(
+    model: PreTrainedModel,
+    arch: Arch,
+    quantized: Mapping[str, Quantized],
+    unrounded: Mapping[str, Tensor],
+    wish: Tuning,
+) -> Free:
+    """Of a whole model; codes and what they were rounded from by path."""
+
+    def fill(index: int) -> Filled:
+        path = f"{arch.layers}.{index}"
+        return tuple({name: every[f"{path}.{name}"] for name in arch.linears} for every in (quantized, unrounded))
+
+    return free(model, arch, fill, wish)
+
+
+def codes_of(parts: Free, arch: Arch, layers: int) -> dict[str, Quantized]:
+    """All codes, by path."""
+    paths = [f"{arch.layers}.{index}" for index in range(layers)]
+    return {f"{path}.{name}": q for path in paths for name, q in parts.settled(path).items()}
 
 
 def perturb(module: torch.nn.Module, scale: float, seed: int = 1) -> None:

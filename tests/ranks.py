@@ -1,7 +1,8 @@
-"""What the processes of `test_ranks.py` run, a tiny model learning: `torchrun … tests/ranks.py FOLDER [STEP]`.
+"""What the processes of `test_ranks.py` run, on tiny models: `torchrun … tests/ranks.py FOLDER MODEL [DEATH]`.
 
-At that step the last rank kills itself. In FOLDER there are then, for learning with nothing rounded and for learning as
-it is, the maps and the curve (`result`).
+In FOLDER there are then, for learning with nothing rounded, learning as it is, and tuning, the curve and what was
+learned, and two runs: GPTQ, and rounding to nearest without any activation. What is there already is not done again. At
+DEATH, a step of learning or "layer", the last rank kills itself.
 """
 
 import dataclasses
@@ -10,48 +11,118 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from latmix.distill import Step, learn, ranks
-from latmix.recipe import Learning
-from tests.models import perturb
+from safetensors.torch import save_file
+from torch import Tensor
+
+import latmix
+from latmix import convert, ranks, sharding
+from latmix.archs import ARCHS
+from latmix.distill import Step, learn, tune
+from latmix.model.checkpoint import share
+from latmix.model.inputs import quantize_inputs
+from latmix.model.maps import build_maps
+from latmix.model.parts import layers
+from latmix.numerics import parse_format
+from latmix.recipe import Learning, Tuning
+from tests.models import codes_of, free_parts, perturb, rounded
 from tests.test_distill import WINDOWS, student_of, teacher
 
 LEARNING = Learning(steps=6, batch=4, evaluate_every=2, lr=2e-3, checkpointing=True)
+TUNING = Tuning(steps=6, batch=4, evaluate_every=2, codes_lr=0.02)
+LLAMA, FORMAT = ARCHS["llama"], parse_format("mxfp4:scale=even")
+WINDOW = {"calibration.windows": "20", "calibration.window": "32"}
+RUNS = {
+    "calibrated": ("wush", WINDOW | {"calibration.held_out": "4", "folded.values": "none"}),
+    "plain": ("quarot-rtn", WINDOW | {"calibration.held_out": "0"}),
+}
+Take = Callable[[Step], None]
 
 
-def learned(folder: Path, rounded: bool, take: Callable[[Step], None] = lambda step: None) -> None:
-    model, curve = teacher(), []
-    attached = student_of(model, "qr", weights=True)
+def sharded(model):
+    for layer in layers(model, LLAMA):
+        sharding.shard(layer)
+    sharding.join_layers(model.base_model)
+    return model
+
+
+def learned(folder: Path, name: str, take: Take) -> dict[str, Tensor]:
+    attached = student_of(sharded(teacher()), "qr", weights=True, share=lambda model: sharded(teacher()))
     perturb(attached.maps, 0.1)  # with nothing rounded, only maps that are no rotations have something to learn
+    model = sharded(teacher())
+    with nullcontext() if name == "rounded" else attached.unquantized():
+        learn(attached, model, WINDOWS[:8], WINDOWS[8:11], LEARNING, 0, take, folder / f"{name}.snapshot")
+    held = sum(sharding.held(parameter).numel() for parameter in attached.model.parameters())
+    (folder / f"{name}.held.{ranks.rank()}").write_text(str(held))
+    return attached.maps.state_dict()
 
-    def note(step: Step) -> None:
+
+def tuned(folder: Path, take: Take) -> dict[str, Tensor]:
+    model = teacher()
+    student = share(model)
+    quantized = rounded(student, LLAMA, FORMAT)
+    unrounded = {path: model.get_parameter(f"{path}.weight") for path in quantized}
+    parts = free_parts(student, LLAMA, quantized, unrounded, TUNING)
+    quantize_inputs(student, LLAMA, build_maps(LLAMA, model.config, {}, {}, block=32, seed=0), FORMAT)
+    tune(student, parts, sharded(teacher()), WINDOWS[:8], WINDOWS[:3], TUNING, 0, take, folder / "tuned.snapshot")
+    held = sum(sharding.held(tensor).numel() for tensor in [*parts.latents.values(), *student.buffers()])
+    (folder / f"tuned.held.{ranks.rank()}").write_text(str(held))
+    codes = {path: q.codes for path, q in codes_of(parts, LLAMA, 2).items()}
+    return codes | {name: sharding.whole(part.detach()) for name, part in parts.kept.items()}
+
+
+def noted(folder: Path, name: str, work: Callable[[Take], dict[str, Tensor]], also: Take) -> None:
+    """The result in a file and the curve in another."""
+    if ranks.agreed((folder / f"{name}.json").exists()):
+        return
+    curve: list[dict[str, float]] = []
+
+    def take(step: Step) -> None:
         told = dataclasses.asdict(step) | {"seconds": 0.0}
         curve.append({key: value for key, value in told.items() if value is not None})
-        take(step)
+        also(step)
 
-    name = "rounded" if rounded else "exact"
-    with nullcontext() if rounded else attached.unquantized():
-        learn(attached, model, WINDOWS[:8], WINDOWS[8:11], LEARNING, 0, note, folder / f"{name}.snapshot")
-    shards = [p.to_local() if hasattr(p, "to_local") else p for p in attached.model.parameters()]
-    if ranks.rank() == 0:
-        attached.maps.save(folder / f"{name}.safetensors")
-        result = {"curve": curve, "held": sum(p.numel() for p in shards)}
-        (folder / f"{name}.json").write_text(json.dumps(result))
+    result = work(take)
+    if ranks.first():
+        save_file({key: tensor.contiguous().clone() for key, tensor in result.items()}, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(curve))
 
 
-def main(folder: Path, last_step: int | None) -> None:
-    def die(step: Step) -> None:
-        if step.step == last_step and ranks.rank() == ranks.world() - 1:
+def all_parts(folder: Path, model: Path, death: str = "") -> None:
+    def die() -> None:
+        if ranks.rank() == ranks.world() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def on_step(step: Step) -> None:
+        if str(step.step) == death:
+            die()
+
+    for name in ("exact", "rounded"):
+        noted(folder, name, lambda take: learned(folder, name, take), on_step if name == "rounded" else lambda _: None)  # noqa: B023
+    noted(folder, "tuned", lambda take: tuned(folder, take), lambda _: None)
+    if death == "layer":
+        left, original = [2], convert.quantize_layer
+
+        def second(*arguments: object) -> object:
+            left[0] -= 1
+            return original(*arguments) if left[0] else die()
+
+        convert.quantize_layer = second
+    for name, (recipe, settings) in RUNS.items():
+        with suppress(SystemExit):  # of those that help
+            latmix.quantize(model, folder / name, recipe, seed=0, settings=settings)
+
+
+def main(*arguments: str) -> NoReturn:
     with ranks.together():
-        for rounded in (False, True):
-            learned(folder, rounded, die if rounded else lambda step: None)
+        all_parts(Path(arguments[0]), Path(arguments[1]), *arguments[2:])
+    sys.exit()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(*sys.argv[1:])

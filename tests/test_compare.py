@@ -69,8 +69,16 @@ def rows_without_times(out: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    CliRunner().invoke(app, command(model, out, "rtn")[3:])
+    return out
+
+
 def test_killed_and_started_again_gives_the_same_table_and_a_failure_stops_nothing(
-    model: Path, broken: Path, tmp_path: Path
+    model: Path, whole: Path, broken: Path, tmp_path: Path
 ) -> None:
     words = command(model, tmp_path / "killed", f"rtn,{broken}")
     first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -91,12 +99,34 @@ def test_killed_and_started_again_gives_the_same_table_and_a_failure_stops_nothi
     assert [row["name"] for row in rows] == [FULL_PRECISION, "rtn", "broken"]
     assert rows[2]["perplexity"] is None and rows[1]["perplexity"] is not None
 
-    CliRunner().invoke(app, command(model, tmp_path / "whole", "rtn")[3:])  # never interrupted
-    assert rows_without_times(tmp_path / "whole") == rows[:2]
+    assert rows_without_times(whole) == rows[:2]
 
     tables = {kind: (tmp_path / "killed" / f"table.{kind}").read_bytes() for kind in ("json", "csv", "md")}
     CliRunner().invoke(app, words[3:])  # nothing left to do but the one that fails
     assert tables == {kind: (tmp_path / "killed" / f"table.{kind}").read_bytes() for kind in tables}
+
+
+def test_two_processes_share_the_cells_and_losing_one_ends_both(model: Path, whole: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += command(model, tmp_path / "two", "rtn,quarot-rtn")[1:]
+    words[words.index("--jobs") + 1] = "1"
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (finished := sorted((tmp_path / "two").glob("cells/*/evaluation-*.json"))):
+        assert first.poll() is None, "ended before a cell was finished"
+        time.sleep(0.02)
+    children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert first.wait(60) == 1
+    before = [(file, file.stat().st_mtime_ns) for file in finished]
+    again = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert [(file, file.stat().st_mtime_ns) for file in finished] == before
+    rows = rows_without_times(tmp_path / "two")
+    assert [row["name"] for row in rows] == [FULL_PRECISION, "rtn", "quarot-rtn"] and rows_without_times(whole) == rows[
+        :2
+    ]
+    logs = [file.read_text() for file in (tmp_path / "two").glob("cells/*/log.txt")]
+    assert len(logs) == 3 and all(row["perplexity"] is not None for row in rows)
 
 
 class Killed(BaseException):

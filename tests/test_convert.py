@@ -58,7 +58,7 @@ def test_no_layer_outlives_its_turn(model: Path, tmp_path: Path) -> None:
     conversion.run(Watch())
     assert len(seen) > 20 and all(seen)
     left = {path.name for path in tmp_path.iterdir() if path.suffix != ".safetensors"}
-    assert left == {"stages.json", "taught.2", "original.2", "quantized.2"}  # for the heads alone
+    assert left == {"stages.json", "taught.2.0", "original.2.0", "quantized.2.0"}  # for the heads alone
 
 
 def test_without_calibration_and_measurement_no_activation_is_computed(

@@ -33,7 +33,7 @@ from tests.models import perturb, tiny
 WINDOWS = torch.randint(96, (12, 24), generator=torch.Generator().manual_seed(0))
 
 
-def student_of(teacher, spec: str, *, weights: bool = False) -> Attached:
+def student_of(teacher, spec: str, *, weights: bool = False, share=share) -> Attached:
     arch, format = ARCHS["llama"], parse_format("mxfp4:scale=even")
     spec += f"{',' if ':' in spec else ':'}shift=full"
     folded, online = {"residual": spec, "values": spec}, {"down": "block-hadamard"}

@@ -110,7 +110,7 @@ def test_a_run_killed_by_the_system_goes_on(model: Path, whole: dict[str, Path],
         "from pathlib import Path\n"
         "from latmix import rundir\n"
         "from tests.test_resume import quantize\n"
-        "original, left = os.replace, [15]\n"
+        "original, left = os.replace, [16]\n"
         "def replace(old, new):\n"
         "    left[0] -= 1\n"
         "    os.kill(os.getpid(), signal.SIGKILL) if left[0] == 0 else original(old, new)\n"
@@ -161,7 +161,7 @@ class TestChanges:
         return out
 
     def test_what_a_later_stage_reads_may_change_until_that_stage(self, model: Path, stopped: Path, stop) -> None:
-        stop(14, Killed())
+        stop(15, Killed())
         with pytest.raises(Killed):
             quantize(model, stopped, quantizer="gptq:damping=0.02")
         with pytest.raises(InputError, match=r"holds a run with quantizer gptq:damping=0.02, and now it is rtn; go on"):
@@ -268,7 +268,7 @@ def test_a_damaged_run_is_refused_by_the_name_of_the_file(damage: str, whole: di
     restore(run)
 
 
-@pytest.mark.parametrize("name", ["transforms.safetensors", "work/taught.1", "inputs.json", "work/stages.json"])
+@pytest.mark.parametrize("name", ["transforms.safetensors", "work/taught.1.0", "inputs.json", "work/stages.json"])
 def test_a_damaged_half_done_run_is_refused(name: str, model: Path, tmp_path: Path, stop) -> None:
     stop(14, Killed())
     with pytest.raises(Killed):

@@ -17,7 +17,7 @@ from latmix.model.attach import Attached
 from latmix.model.checkpoint import share
 from latmix.numerics import parse_format
 from latmix.recipe import Learning, Tuning
-from tests.models import rounded
+from tests.models import codes_of, free_parts, rounded
 from tests.test_distill import WINDOWS, student_of, teacher
 
 LEARNING = Learning(steps=9, batch=3, evaluate_every=4, lr=5e-3)
@@ -37,8 +37,9 @@ def tuned(take: Take, snapshot: Path | None = None) -> dict[str, Tensor]:
     quantized = rounded(student, arch, format)
     unrounded = {path: model.get_parameter(f"{path}.weight") for path in quantized}
     tuning = Tuning(steps=9, batch=3, evaluate_every=4, codes_lr=0.3)
-    arguments = (teacher(), WINDOWS[:8], WINDOWS[8:], tuning, 0, take, snapshot)
-    codes = tune(student, arch, quantized, unrounded, *arguments)
+    parts = free_parts(student, arch, quantized, unrounded, tuning)
+    tune(student, parts, teacher(), WINDOWS[:8], WINDOWS[8:], tuning, 0, take, snapshot)
+    codes = codes_of(parts, arch, 2)
     return {name: q.codes for name, q in codes.items()} | dict(student.named_parameters())
 
 

@@ -16,7 +16,7 @@ from latmix.model.maps import build_maps
 from latmix.model.parts import linears
 from latmix.numerics import Quantized, decode, decode_scales, encode, neighbours, parse_format
 from latmix.recipe import Tuning
-from tests.models import rounded, tiny
+from tests.models import codes_of, free_parts, rounded, tiny
 
 WINDOWS = torch.randint(96, (80, 24), generator=torch.Generator().manual_seed(0))
 LEARN, FORMAT = WINDOWS[:64], parse_format("mxfp4:scale=even")
@@ -36,8 +36,9 @@ def run(tuning: Tuning):
     teacher, model, quantized, unrounded = quantized_tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     curve: list[Step] = []
-    arguments = (teacher, LEARN, WINDOWS[64:], tuning, 0, curve.append)
-    tuned = tune(model, ARCHS["llama"], quantized, unrounded, *arguments)
+    parts = free_parts(model, ARCHS["llama"], quantized, unrounded, tuning)
+    tune(model, parts, teacher, LEARN, WINDOWS[64:], tuning, 0, curve.append)
+    tuned = codes_of(parts, ARCHS["llama"], 2)
     measured = [step.held_out for step in curve if step.held_out is not None]
     after = model.state_dict()
     changed = {name for name in after if name not in before or not torch.equal(before[name], after[name])}
@@ -51,7 +52,7 @@ def run(tuning: Tuning):
         ({"kept": ("embedding",)}, ("embed_tokens",)),
         ({"kept": ("head",)}, ("lm_head",)),
         ({"biases": ("qkv", "down")}, ("q_proj.bias", "k_proj.bias", "v_proj.bias", "down_proj.bias")),
-        ({"codes": True}, ("proj.weight",)),
+        ({"codes": True}, ("proj.parametrizations",)),
     ],
 )
 def test_each_part_learns_alone(parts: dict, touched: tuple[str, ...]) -> None:
@@ -156,7 +157,9 @@ def test_a_model_that_shares_its_tensors_is_left_alone() -> None:
     teacher, model, quantized, unrounded = quantized_tiny()
     before = {name: tensor.clone() for name, tensor in [*model.state_dict().items(), *unrounded.items()]}
     tuning = Tuning(steps=8, batch=32, evaluate_every=4, codes_lr=0.2)
-    tune(share(model), ARCHS["llama"], quantized, unrounded, teacher, LEARN, LEARN[:8], tuning, 0, lambda step: None)
+    student = share(model)
+    parts = free_parts(student, ARCHS["llama"], quantized, unrounded, tuning)
+    tune(student, parts, teacher, LEARN, LEARN[:8], tuning, 0, lambda step: None)
     after = [*model.state_dict().items(), *unrounded.items()]
     assert all(torch.equal(tensor, before[name]) for name, tensor in after)
 

@@ -5,6 +5,10 @@ it produce, written, and forgotten; the held-out windows go along and are measur
 file is there, and what enters the next one is on the disk before that: so a pass that was killed goes on with the layer
 it was at. Where nothing is calibrated and nothing measured, no activation is computed, and of a layer no more than a
 linear is there at a time.
+
+Ranks share out what is computed of a layer: the calibration windows, the linears that read an input, the three ways of
+the held-out ones; the first writes it. Where no activation is computed, every layer is one rank's. Given up: sharing
+out the folding of a layer that computes, which every rank does.
 """
 
 import copy
@@ -19,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from latmix import ranks
 from latmix.archs import Input
 from latmix.errors import LatmixError
 from latmix.eval.heldout import HeldOut, Measured
@@ -74,35 +79,40 @@ class Conversion:
         self.layers = layers(self.model, self.arch)
         self.arguments = layer_arguments(self.model, self.arch, task.taught.shape[1])
         self.held_out = HeldOut(self.source, self.maps, task.held_out, work, self.arguments)
-        self.taught = States(work, "taught", task.taught.shape, self.source.config.hidden_size)
+        self.taught = States(work, "taught", task.taught.shape, self.source.config.hidden_size, shared=True)
 
     @torch.no_grad()
     def run(self, progress: Progress) -> None:
         """Do what is not done yet. Raises: LatmixError: bad numbers, a quantizer that failed, a full disk."""
         with evaluated_once(self.maps.shared()), evaluated_once(self.wide.shared()):
-            if not (self.shards / EMBEDDING).exists():
-                progress.stage("embedding", 1)
-                with self.stages.stage("fold"):
-                    write_embedding(self.source, self.wide, self.shards / EMBEDDING)
-                progress.advance("folded")
+            self._tables(progress)
             left = [index for index in range(len(self.layers)) if not (self.shards / layer_file(index)).exists()]
-            progress.stage("quantize", len(left))
-            for index in left:
+            left = ranks.agreed(left)
+            mine = left if self._computes else ranks.mine(left)
+            progress.stage("quantize", len(mine))
+            for index in mine:
                 with evaluated_once(self.maps.of_layer(index)), evaluated_once(self.wide.of_layer(index)):
                     self._layer(index) if self._computes else self._linears(index)
                 self.held_out.drop(index)
                 self.taught.drop(index)
                 self.stages.save()
                 progress.advance(f"layer {index}")
-            if not (self.shards / HEAD).exists():
-                progress.stage("head", 1)
-                with self.stages.stage("fold"):
-                    write_head(self.source, self.wide, self.shards / HEAD)
-                progress.advance("folded")
+            ranks.wait()
 
-    def measured(self) -> Measured | None:
+    def _tables(self, progress: Progress) -> None:
+        """Embedding and head, which do not depend on each other."""
+        tables = {EMBEDDING: write_embedding, HEAD: write_head}
+        left = ranks.agreed([name for name in tables if not (self.shards / name).exists()])
+        progress.stage("embedding and head", len(left))
+        for name in ranks.mine(left):
+            with self.stages.stage("fold"):
+                tables[name](self.source, self.wide, self.shards / name)
+            progress.advance("folded")
+        ranks.wait()
+
+    def measured(self, progress: Progress) -> Measured | None:
         """None where there are no held-out windows."""
-        return self.held_out.measured(self.model, Tensors.of([self.shards / HEAD]))
+        return self.held_out.measured(self.model, Tensors.of([self.shards / HEAD]), progress)
 
     def notes(self) -> dict[str, dict[str, Any]]:
         """What the layers' files say of how they came about: errors by place, damping and dead inputs by linear."""
@@ -143,13 +153,15 @@ class Conversion:
         with stage("measure"):
             self.held_out.quantized(layer, index)
             inputs.remove()
+            ranks.wait()  # what enters the next layer is on the disk
         for name in found.quantized:
             empty(linear(layer, name), "weight")  # its codes are what is written
         with stage("save"):
             notes = {"errors": errors, "damping": _at(path, found.damping), "dead_inputs": _at(path, found.dead)}
             words = {key: json.dumps(value) for key, value in notes.items() if value}
-            stored = checkpoint.packed(found.quantized)
-            checkpoint.write_layer(self.shards / layer_file(index), path, layer, stored, words)
+            if ranks.first():
+                stored = checkpoint.packed(found.quantized)
+                checkpoint.write_layer(self.shards / layer_file(index), path, layer.state_dict(), stored, words)
         empty(layer)
 
     def _linears(self, index: int) -> None:
@@ -177,7 +189,7 @@ class Conversion:
             reset_gains(layer, self.arch)
             fold_norms(layer, self.arch, self.wide, index)
         with stage("save"):
-            checkpoint.write_layer(self.shards / layer_file(index), path, layer, stored, {})
+            checkpoint.write_layer(self.shards / layer_file(index), path, layer.state_dict(), stored, {})
         empty(layer)
 
     def _together(self) -> Iterator[tuple[Input, tuple[str, ...]]]:
@@ -194,7 +206,7 @@ class Conversion:
         self.held_out.begin(embedding)
         if self.task.quantizer.needs_hessian:
             table = embedding.tensor(f"{self.arch.embedding}.weight")
-            self.taught.put(0, embedded(table, self.task.taught))
+            self.taught.put(0, embedded(table, self.task.taught[self.taught.share]))
 
     def _moment(self, index: int) -> Callable[[Input], Float[Tensor, "n n"]] | None:
         if not self.task.quantizer.needs_hessian:

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from latmix import recipes, targets
+from latmix import ranks, recipes, targets
 from latmix.archs import Arch
 from latmix.assets import CALIBRATION
 from latmix.convert import Conversion, Task
-from latmix.data import calibration_windows, read_text
-from latmix.distill import ranks
+from latmix.data import Corpus, calibration_windows, read_text
 from latmix.eval import size_of
 from latmix.model import checkpoint
 from latmix.model.inputs import quantize_inputs
@@ -44,8 +43,8 @@ from latmix.rundir import (
 )
 from latmix.stages import Stages
 from latmix.weights import parse_quantizer
-from latmix.whole import help_learning, learned, tuned
-from latmix.workspace import LEARN, Workspace, workspace
+from latmix.whole import learned, tuned
+from latmix.workspace import Workspace, workspace
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Run:
     summary: dict[str, Any]
 
 
+@ranks.together()
 def quantize(
     model: Path | str,
     out: Path | str,
@@ -76,14 +76,13 @@ def quantize(
 
     Where the recipe names a target, what that cannot express is left out, and the run holds the recipe as changed.
     A run that was stopped, however, ends in the same bytes as one that was not; what may differ in the call that goes
-    on with it is in `latmix.workspace.MAY_CHANGE`. Of the processes of `torchrun`, all learn together (`distill.ranks`)
-    and the first does everything else; for the others this call ends the program.
+    on with it is in `latmix.workspace.MAY_CHANGE`. The processes of `torchrun` work together (`latmix.ranks`): the
+    first returns the run, for the others this call ends the program.
 
     Raises: LatmixError: bad input, in one sentence, and nothing is left behind; or a failure in the middle, and what is
         finished is kept for the next call.
     """
     partial_of(out := Path(out))
-    helper = ranks.started() > 0
     recipe = override(recipes.find(recipe), settings or {})
     recipe = recipe if seed is None else dataclasses.replace(recipe, seed=seed)
     quantizer = parse_quantizer(recipe.quantizer)
@@ -95,16 +94,13 @@ def quantize(
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     maps = _maps(source.arch, source.config, recipe)
     task = Task(source, maps, weights, activations, quantizer, taught, held_out)
-    if helper:
-        help_learning(task, recipe, Workspace(partial_of(out)))
+    if not ranks.first():
+        space = Workspace(partial_of(out))
+        if not ranks.agreed(None):
+            _convert(task, tokenizer, recipe, space, Stages(), Progress())
         raise SystemExit(0)
-    tokens = hashlib.sha256(
-        torch.cat([taught, held_out]).numpy().tobytes()
-    ).hexdigest()  # another tokenizer makes others
-    inputs = {"model": source.digest(), "calibration": corpus.digest, "tokens": tokens}
-    inputs |= {"device": pick_device().type, **versions()}
-    with workspace(out, recipe, inputs) as space:
-        if not (space.folder / SUMMARY).exists():
+    with workspace(out, recipe, _inputs(task, corpus)) as space:
+        if not ranks.agreed((space.folder / SUMMARY).exists()):
             stages = Stages(space.work / "stages.json")
             told = Logged(progress or Progress(), space.folder / LOG)
             found = _convert(task, tokenizer, recipe, space, stages, told)
@@ -119,6 +115,18 @@ def quantize(
     return Run(out, recipe, read_json(out / SUMMARY))
 
 
+def _inputs(task: Task, corpus: Corpus) -> dict[str, str]:
+    """What a run is made from, by content. The windows too: another tokenizer makes others."""
+    windows = torch.cat([task.taught, task.held_out]).numpy().tobytes()
+    return {
+        "model": task.source.digest(),
+        "calibration": corpus.digest,
+        "tokens": hashlib.sha256(windows).hexdigest(),
+        "device": pick_device().type,
+        **versions(),
+    }
+
+
 def _convert(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
@@ -127,21 +135,23 @@ def _convert(
     stages: Stages,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The stages in order, each skipped where its result is there; returns what they found."""
+    """The stages in order, each skipped where its result is there; returns what they found, on the first rank."""
     folder, maps = space.folder, task.maps
     with stages.stage("learn"):
-        before = learned(task, recipe, space, progress, space.snapshot(LEARN))
+        before = learned(task, recipe, space, progress)
     stages.save()
     conditions = reports(maps)
     shards = folder if recipe.tuning is None else space.work
     conversion = Conversion(task, shards, space.work, stages)
     conversion.run(progress)
     with stages.stage("measure"):
-        measured = conversion.measured()
+        measured = conversion.measured(progress) if ranks.first() else None
     scores = measured and measured.scores
     if recipe.tuning is not None:
         with stages.stage("tune"):
             scores = tuned(task, recipe, space, progress)
+    if not ranks.first():
+        return {}
     with stages.stage("save"):
         model = task.source.skeleton()
         checkpoint.describe(model, tokenizer, folder, space.work)

@@ -18,7 +18,8 @@ class Stages:
     ran (on systems without a resettable high-water mark: up to its end), pages of mapped files included;
     `peak_device_bytes` the same of GPU allocations.
 
-    file: where `save` keeps it for a process that goes on. What a killed process spent since then is not counted.
+    file: where `save` keeps it for a process that goes on; None: nowhere. What a killed process spent since then is not
+        counted.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -37,8 +38,8 @@ class Stages:
             cost["peak_device_bytes"] = max(cost.get("peak_device_bytes", 0), torch.cuda.max_memory_allocated())
 
     def save(self) -> None:
-        assert self._file is not None
-        write_json(self._file, self.costs)
+        if self._file is not None:
+            write_json(self._file, self.costs)
 
 
 def _reset_peak() -> None:

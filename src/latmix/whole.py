@@ -3,10 +3,10 @@
 Each keeps a snapshot in the workspace and goes on from it; its result is a file of the run. Then the model is gone.
 """
 
+import copy
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,101 +14,143 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from latmix import ranks, sharding
 from latmix.convert import Task
-from latmix.distill import Step, learn, ranks, tune
+from latmix.distill import Step, learn, tune
 from latmix.eval import Scores, score
 from latmix.layerwise import learn_layers
 from latmix.model import checkpoint
 from latmix.model.attach import attach
 from latmix.model.fit import fit_maps
-from latmix.model.fold import absorb_gains, folded_weights
+from latmix.model.fold import absorb_layer, fold_layer
+from latmix.model.free import Filled, Free, free
 from latmix.model.inputs import quantize_inputs
-from latmix.model.load import load
+from latmix.model.parts import layers, linear
+from latmix.model.spread import spread
 from latmix.model.tensors import Tensors
-from latmix.numerics import Quantized
 from latmix.progress import Progress
-from latmix.recipe import Recipe
+from latmix.recipe import Recipe, Tuning
 from latmix.rundir import METRICS, TRANSFORMS, TUNING, read_json, write_json, written
+from latmix.transforms import evaluated_once
 from latmix.workspace import LEARN, TUNE, Workspace
 
-
-def help_learning(task: Task, recipe: Recipe, space: Workspace) -> None:
-    """Learn along with the process that makes the run, in a folder of one's own."""
-    if recipe.learning is not None and task.maps.learned() and not (space.folder / TRANSFORMS).exists():
-        with tempfile.TemporaryDirectory() as own:
-            learned(task, recipe, Workspace(Path(own)), Progress(), space.snapshot(LEARN))
+BEFORE = "before.json"  # what maps cost in float before they learned
 
 
-def learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress, snapshot: Path) -> float | None:
+def learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> float | None:
     """Fit and learn the maps, in place; returns what they cost in float before, None where nothing learns."""
-    maps, file, noted = task.maps, space.folder / TRANSFORMS, space.work / "before.json"
-    if file.exists():
-        maps.restore(file)
-    else:
+    maps, file, noted = task.maps, space.folder / TRANSFORMS, space.work / BEFORE
+    if not ranks.agreed(file.exists()):
         torch.manual_seed(recipe.seed)
         fit_maps(task.source, maps, task.taught, space.work, progress)
         if recipe.layerwise is not None or (recipe.learning is not None and maps.learned()):
-            with ranks.together():
-                _learn(task, recipe, space, progress, noted, snapshot)
-        maps.save(file)
+            _learn(task, recipe, space, progress)
+        if ranks.first():
+            maps.save(file)
+        ranks.wait()
+    maps.restore(file)  # the first rank's, to the last bit
     return read_json(noted) if noted.exists() else None
 
 
-def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress, noted: Path, snapshot: Path) -> None:
+def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> None:
     """Learning couples all layers: the whole model is in memory, and gone afterwards."""
-    teacher = load(task.source.path).model
-    arch, maps = task.source.arch, task.maps
-    absorb_gains(teacher, arch)
+    teacher, arch, maps = spread(task.source), task.source.arch, task.maps
+    student = spread(task.source) if sharding.is_sharded(teacher) else checkpoint.share(teacher)
     taught_by = recipe.learning or recipe.layerwise
     in_loop = task.weights if taught_by and taught_by.weights else None
-    attached = attach(checkpoint.share(teacher), arch, maps, task.activations, in_loop)
+    attached = attach(student, arch, maps, task.activations, in_loop)
     with attached.unquantized():
-        change = score(attached.model, task.held_out, teacher).kl
+        change = score(attached.model, task.held_out, teacher, progress=progress).kl
     assert change is not None
-    write_json(noted, change.mean)
+    if ranks.first():
+        write_json(space.work / BEFORE, change.mean)
     learn_layers(attached, teacher, task.taught, recipe, progress)
     if recipe.learning is not None and maps.learned():
-        with _curve(space, METRICS, "learn", recipe.learning.steps, progress) as record:
-            learn(attached, teacher, task.taught, task.held_out, recipe.learning, recipe.seed, record, snapshot)
+        with _curve(space, METRICS, LEARN, recipe.learning.steps, progress) as record:
+            arguments = (recipe.learning, recipe.seed, record, space.snapshot(LEARN), progress)
+            learn(attached, teacher, task.taught, task.held_out, *arguments)
 
 
 def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> Scores:
     """Tune the quantized model of `work` as a whole, write it to the run's folder, and measure it."""
-    source, arch = task.source, task.source.arch
-    teacher = load(source.path).model
-    absorb_gains(teacher, arch)
-    if not (space.folder / checkpoint.HEAD).exists():
-        student, quantized = _quantized(task, space.work)
-        unrounded = folded_weights(teacher, arch, task.maps)
-        assert recipe.tuning is not None
-        with _curve(space, TUNING, "tune", recipe.tuning.steps, progress) as record:
-            arguments = (teacher, task.taught, task.held_out, recipe.tuning, recipe.seed, record, space.snapshot(TUNE))
-            quantized = tune(student, arch, quantized, unrounded, *arguments)
-        checkpoint.save(student, arch, quantized, space.folder)
-    student, _ = _quantized(task, space.folder)
-    return score(student, task.held_out, teacher)
+    arch, teacher, tuning = task.source.arch, spread(task.source), recipe.tuning
+    assert tuning is not None
+    if not ranks.agreed((space.folder / checkpoint.HEAD).exists()):
+        student, stored = task.source.skeleton(), _stored(task, space.work)
+        stored.fill_tables(student, arch)
+        parts = free(student, arch, _filling(task, student, stored, tuning), tuning)
+        quantize_inputs(student, arch, task.maps, task.activations)
+        with _curve(space, TUNING, TUNE, tuning.steps, progress) as record:
+            arguments = (tuning, recipe.seed, record, space.snapshot(TUNE), progress)
+            tune(student, parts, teacher, task.taught, task.held_out, *arguments)
+        _write(task, student, parts, stored, space.folder)
+        del student, parts
+    model = task.source.skeleton()
+    checkpoint.assemble(model, arch, _stored(task, space.folder), sharding.shard)
+    sharding.join_layers(model.base_model)
+    quantize_inputs(model, arch, task.maps, task.activations)
+    return score(model, task.held_out, teacher, progress=progress)
 
 
-def _quantized(task: Task, shards: Path) -> tuple[PreTrainedModel, dict[str, Quantized]]:
-    """The whole quantized model that stands in these files, its inputs rounded, and its codes."""
-    source, model = task.source, task.source.skeleton()
-    tensors = Tensors.of(sorted(shards.glob(checkpoint.EVERY)))
-    quantized = checkpoint.assemble(model, source.arch, tensors, task.weights)
-    quantize_inputs(model, source.arch, task.maps, task.activations)
-    return model, quantized
+def _stored(task: Task, shards: Path) -> checkpoint.Stored:
+    return checkpoint.Stored.of(Tensors.of(sorted(shards.glob(checkpoint.EVERY))), task.weights)
+
+
+def _filling(
+    task: Task, student: PreTrainedModel, stored: checkpoint.Stored, tuning: Tuning
+) -> Callable[[int], Filled]:
+    """Puts a layer of the quantized model into the student; what it was rounded from, if that is asked, is folded anew
+    from the original."""
+    source, arch, wide = task.source, task.source.arch, copy.deepcopy(task.maps).double()
+    students, originals = layers(student, arch), layers(source.skeleton(), arch)
+
+    @torch.no_grad()
+    def fill(index: int) -> Filled:
+        path, original = f"{arch.layers}.{index}", originals[index]
+        quantized = stored.fill_layer(students[index], arch, path)
+        if not tuning.codes:
+            return quantized, {}
+        heads, last = source.config.num_key_value_heads, index == len(originals) - 1
+        with source.filled(original, path), evaluated_once(wide):
+            absorb_layer(original, arch)
+            fold_layer(original, arch, wide, index, heads=heads, last=last)
+            return quantized, {name: linear(original, name).weight for name in arch.linears}
+
+    return fill
+
+
+def _write(task: Task, student: PreTrainedModel, parts: Free, stored: checkpoint.Stored, folder: Path) -> None:
+    """The tuned model, a layer at a time put together from all ranks; the tables last, the head after all else."""
+    arch = task.source.arch
+    for index, layer in enumerate(layers(student, arch)):
+        path = f"{arch.layers}.{index}"
+        codes = parts.settled(path)
+        plain = {name: tensor for name, tensor in layer.state_dict().items() if "parametrizations" not in name}
+        kept = {name: sharding.whole(tensor) for name, tensor in plain.items()}
+        if ranks.first():
+            rest = [name for name in arch.linears if name not in codes]
+            codes |= {name: stored.quantized(f"{path}.{name}", linear(layer, name).in_features) for name in rest}
+            checkpoint.write_layer(folder / checkpoint.layer_file(index), path, kept, checkpoint.packed(codes), {})
+    if ranks.first():
+        checkpoint.write_tables(student, arch, folder)
+    ranks.wait()
 
 
 @contextmanager
 def _curve(space: Workspace, name: str, stage: str, steps: int, progress: Progress) -> Iterator[Callable[[Step], None]]:
     """Where a learning stage reports its steps: the progress, and a line each in a file that grows in `work` and is the
     run's when it is whole. A stage that goes on writes it again, from its snapshot."""
-    progress.stage(stage, steps)
+    if not ranks.first():
+        yield lambda step: None
+        return
     growing = space.work / name
     with growing.open("w", encoding="utf-8") as metrics:
 
         def record(step: Step) -> None:
             metrics.write(json.dumps(dataclasses.asdict(step)) + "\n")
-            if step.step:
+            if not step.step:
+                progress.stage(stage, steps)
+            else:
                 progress.advance("" if step.held_out is None else f"held-out KL {step.held_out:.4f}")
 
         yield record

@@ -137,9 +137,9 @@ def _layerwise(s: Sizes, recipe: Recipe, stage: Layerwise) -> tuple[int, int]:
 
 
 def _tuned(s: Sizes, recipe: Recipe) -> int:
-    """The unrounded weights, latents with gradient, Adam's moments and three limits, and what rounding keeps."""
+    """Latents with gradient, the best ones, Adam's moments and two limits, and what rounding keeps."""
     moving = recipe.tuning is not None and recipe.tuning.codes
-    return (10 if moving else 1) * s.linears + s.linears + 2 * s.table
+    return (8 if moving else 1) * s.linears + s.linears + 2 * s.table
 
 
 def resident() -> int:

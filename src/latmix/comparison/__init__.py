@@ -17,6 +17,7 @@ from latmix.comparison.pool import default_jobs, run_cells
 from latmix.comparison.results import Row, collect
 from latmix.errors import InputError
 from latmix.progress import Logged, Progress
+from latmix.ranks import launched_first
 from latmix.rundir import LOG, write_json, write_text
 
 TABLE = "table"
@@ -62,7 +63,8 @@ def compare(
 ) -> list[Row]:
     """Run or resume the recipes on `model`, seeds 0 … seeds − 1, and write table.md, table.csv and table.json to `out`.
 
-    A recipe in which nothing is random is computed once.
+    A recipe in which nothing is random is computed once. The processes of `torchrun` share the cells; the first writes
+    the table and returns it, for the others this call ends the program.
 
     Args:
         names: presets or JSON files.
@@ -83,18 +85,21 @@ def compare(
     data = None if task_data is None else str(task_data)
     measures = Measures(str(text), texts.separator, window, tuple(tasks), data, dict(task_options or {}))
     planned = cells(Path(model), names, out, seeds, calibration, measures, settings)
-    missing = [cell for cell in planned if not cell.finished]
+    before = {cell.folder for cell in planned if cell.finished}
     out.mkdir(parents=True, exist_ok=True)
-    progress = Logged(progress, out / LOG)
+    progress = Logged(progress, out / LOG) if launched_first() else Progress()
     progress.stage("cells", len(planned))
-    for _ in range(len(planned) - len(missing)):
-        progress.advance()
 
     def done(cell: Cell) -> None:
-        progress.advance(f"{cell.name}, seed {cell.seed}: {'done' if cell.finished else 'failed'}")
-        _write(planned, out, head)
+        if cell.folder in before:
+            progress.advance()
+        else:
+            progress.advance(f"{cell.name}, seed {cell.seed}: {'done' if cell.finished else 'failed'}")
+            _write(planned, out, head)
 
-    run_cells(missing, jobs or default_jobs(), done)
+    run_cells(planned, jobs or default_jobs(), done)
+    if not launched_first():
+        raise SystemExit(0)
     return _write(planned, out, head)
 
 

@@ -1,4 +1,7 @@
-"""Cells side by side, a process each. The smallest thing that does it: a list, and a look every tenth of a second."""
+"""Cells side by side, a process each. The smallest thing that does it: a list, and a look every tenth of a second.
+
+The processes of a launcher take cells from the same list (`queue`), each for the GPU that is its own.
+"""
 
 import os
 import signal
@@ -11,6 +14,8 @@ from pathlib import Path
 import torch
 
 from latmix.comparison.plan import Cell
+from latmix.comparison.queue import Queue
+from latmix.ranks import LAUNCHER
 from latmix.rundir import write_json
 
 WORKER, LOG = "latmix.comparison.cell", "log.txt"
@@ -18,30 +23,36 @@ INTERVAL = 0.1  # seconds between looks
 
 
 def default_jobs() -> int:
-    """One cell for each GPU, else one."""
-    return max(1, torch.cuda.device_count())
+    """One cell for each GPU, else one; one in each process of a launcher."""
+    return 1 if LAUNCHER in os.environ else max(1, torch.cuda.device_count())
 
 
 def run_cells(cells: Sequence[Cell], jobs: int, done: Callable[[Cell], None]) -> None:
-    """Compute the cells, at most `jobs` at a time; with GPUs, slot i uses number i modulo their count.
+    """Compute those not yet finished, at most `jobs` at a time; with GPUs, slot i uses number i modulo their count.
 
     A cell that fails leaves its reason in its folder. On any exception here (an interrupt) the running cells are ended.
+    done: told of every cell, finished before or computed now by whatever process; in the first process alone.
     """
-    waiting, running = list(cells), dict[int, tuple[Cell, subprocess.Popen[bytes]]]()
+    queue, running, more = Queue(len(cells)), dict[int, tuple[int, subprocess.Popen[bytes]]](), True
     try:
-        while waiting or running:
+        while more or running or queue.open:
             for slot in range(jobs):
-                if waiting and slot not in running:
-                    cell = waiting.pop(0)
-                    running[slot] = cell, _start(cell, slot, jobs)
-            time.sleep(INTERVAL)
-            for slot, (cell, process) in list(running.items()):
+                while slot not in running and more:
+                    if more := (number := queue.take()) is not None:
+                        if cells[number].finished:
+                            queue.report(number)
+                        else:
+                            running[slot] = number, _start(cells[number], slot, jobs)
+            for slot, (computed, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[slot]
                     assert process.stdin is not None
                     process.stdin.close()
-                    _note_death(cell, process.returncode)
-                    done(cell)
+                    _note_death(cells[computed], process.returncode)
+                    queue.report(computed)
+            for reported in queue.reported():
+                done(cells[reported])
+            time.sleep(INTERVAL)
     finally:
         for _, process in running.values():
             process.kill()
@@ -53,6 +64,8 @@ def _start(cell: Cell, slot: int, jobs: int) -> subprocess.Popen[bytes]:
     environment["DISABLE_MULTIPROC"] = (
         "1"  # lm-evaluation-harness: its children would outlive a killed cell, and its lock
     )
+    environment.pop(LAUNCHER, None)  # a cell is one process
+    slot += int(os.environ.get("LOCAL_RANK", 0))
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus]

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latmix.distill import ranks
+from latmix import ranks
 from latmix.errors import FailedError, WriteError
+from latmix.progress import Progress
 from latmix.recipe import COMPUTE
 
 BATCH = 8  # windows in a forward
@@ -29,6 +30,7 @@ class Answers:
         scratch: a folder whose disk keeps the hidden states, in a file without a name that is gone with this object;
             None: they stay in memory.
         compute: of the recipe.
+        progress: told of every batch.
 
     Cost: one forward of every window; windows · window · hidden size numbers in the dtype of the products.
 
@@ -44,11 +46,15 @@ class Answers:
         windows: Int[Tensor, "windows window"],
         scratch: Path | None = None,
         compute: str = COMPUTE[0],
+        progress: Progress | None = None,
     ) -> None:
+        progress = progress or Progress()
         self.compute, self._head = compute, teacher.get_output_embeddings()
         dtype = torch.bfloat16 if compute == "bfloat16" else teacher.dtype
         self._hidden = _room((*windows.shape, teacher.config.hidden_size), dtype, scratch)
-        for rows in torch.arange(len(windows)).split(BATCH * ranks.world()):
+        batches = torch.arange(len(windows)).split(BATCH * ranks.world())
+        progress.stage("ask the teacher", len(batches))
+        for rows in batches:
             ids = windows[ranks.own(rows)].to(teacher.device)
             with computing(teacher.device, compute):
                 found = teacher.base_model(ids, use_cache=False).last_hidden_state
@@ -57,6 +63,7 @@ class Answers:
                 first = int(rows[~finite.cpu()][0])
                 raise FailedError(f"The unquantized model gives NaN or infinity on calibration window {first}.")
             self._hidden[rows] = hidden.to(self._hidden)
+            progress.advance()
 
     @torch.no_grad()
     def logits(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch window vocabulary"]:

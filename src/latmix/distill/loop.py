@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from latmix.distill import ranks
+from latmix import ranks, sharding
 from latmix.distill.answers import BATCH, Answers, logits_of
 from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.runaway import check_held_out, diverged
 from latmix.distill.snapshot import Course, Step, identity, load, save
 from latmix.distill.student import Student
 from latmix.errors import InputError
+from latmix.progress import Progress
 from latmix.recipe import Distillation
 
 KEEP_EVERY = 60.0
@@ -69,7 +70,7 @@ class _Stage:
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         gradients = [each.grad for each in parameters if each.grad is not None]
         ranks.average(gradients)
-        norm = float(nn.utils.get_total_norm(gradients))
+        norm = float(sharding.total_norm(gradients))
         if not math.isfinite(norm):
             raise diverged(f"the norm of the gradient is {norm}", course, self.schedule)
         self.optimizer.step()
@@ -97,14 +98,15 @@ def distill(
     seed: int,
     on_step: Callable[[Step], None],
     snapshot: Path | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Learn in place, leaving the student at its best held-out step (step 0, untouched, included).
 
     snapshot: where the stage is kept while it runs, for the next call to go on from; its folder also takes the
         teacher's answers. Steps taken before are reported to `on_step` again. None: nothing is written.
+    progress: of asking the teacher.
 
-    Where several processes learn together (`ranks`), all call this alike and see the snapshot's folder, and the models
-    that are frozen are left sharded.
+    Where several processes learn together (`ranks`), all call this alike and see the snapshot's folder.
 
     Cost: one forward of the teacher for every window, and per step one forward and backward of the student.
     Raises:
@@ -119,9 +121,7 @@ def distill(
     course = None if snapshot is None else load(snapshot, name, student.learned, optimizer)
     scratch = None if snapshot is None else snapshot.parent
     used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
-    ranks.shard(teacher)
-    student.spread()
-    ask = partial(Answers, teacher, scratch=scratch, compute=schedule.compute)
+    ask = partial(Answers, teacher, scratch=scratch, compute=schedule.compute, progress=progress)
     answers = ask(windows[used]) if schedule.objective == "kl" else None
     stage = _Stage(student, windows[used], used, order, answers, schedule, optimizer)
     measure = partial(mean_divergence, ask(held_out), student, held_out)
@@ -130,9 +130,7 @@ def distill(
         course = Course([Step(0, start, 0.0, 0.0, 0.0, start)], copy.deepcopy(student.learned.state_dict()))
     for step in course.curve:
         on_step(step)
-    keep = (
-        None if snapshot is None or ranks.rank() else partial(save, snapshot, name, course, student.learned, optimizer)
-    )
+    keep = None if snapshot is None else partial(save, snapshot, name, course, student.learned, optimizer)
     try:
         _prepare(student.model, schedule)
         _run(stage, course, measure, on_step, keep)
@@ -159,7 +157,7 @@ def _run(
         course.curve.append(Step(number, loss, rate, norm, time.perf_counter() - began, held_out))
         on_step(course.curve[-1])
         check_held_out(course, stage.schedule)
-        if keep is not None and (held_out is not None or time.perf_counter() - kept > KEEP_EVERY):
+        if keep is not None and (held_out is not None or ranks.agreed(time.perf_counter() - kept > KEEP_EVERY)):
             keep()
             kept = time.perf_counter()
 

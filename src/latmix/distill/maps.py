@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latmix.distill import ranks
 from latmix.distill.loop import distill
 from latmix.distill.snapshot import Step
 from latmix.distill.student import Student
 from latmix.model.attach import Attached
+from latmix.progress import Progress
 from latmix.recipe import Learning
 from latmix.transforms import evaluated_once
 
@@ -34,9 +34,6 @@ class Mapped(Student):
     def penalty(self) -> Tensor:
         return self._volume * volume(self._maps)
 
-    def spread(self) -> None:
-        ranks.shard(self.model)
-
     def evaluated_once(self) -> contextlib.AbstractContextManager[object]:
         return evaluated_once(self._maps)
 
@@ -55,6 +52,8 @@ def learn(
     seed: int,
     on_step: Callable[[Step], None],
     snapshot: Path | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Learn the attached maps in place (`distill`)."""
-    distill(Mapped(attached, learning.volume), teacher, windows, held_out, learning, seed, on_step, snapshot)
+    student = Mapped(attached, learning.volume)
+    distill(student, teacher, windows, held_out, learning, seed, on_step, snapshot, progress)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from latmix import ranks, sharding
 from latmix.errors import DamagedError, InputError
 from latmix.recipe import Distillation
 from latmix.rundir import written
@@ -78,20 +79,29 @@ def identity(schedule: Distillation, seed: int, **windows: Int[Tensor, "_ _"]) -
 
 
 def save(path: Path, identity: Mapping[str, Any], course: Course, learned: nn.Module, optimizer: Optimizer) -> None:
-    """Raises: WriteError: the file cannot be written, and the one before is still there."""
+    """All ranks call this, and the first writes.
+
+    Raises: WriteError: the file cannot be written, and the one before is still there.
+    """
     tensors = {f"{LEARNED}{name}": tensor for name, tensor in learned.state_dict().items()}
     tensors |= {f"{BEST}{name}": tensor for name, tensor in course.best_state.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"{MOMENTS}{index}/{name}": tensor for name, tensor in moments.items()}
     curve = [dataclasses.asdict(step) for step in course.curve]
     notes = {"identity": json.dumps(identity), "curve": json.dumps(curve)}
-    # cloned: safetensors refuses tensors that share memory
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        together = sharding.whole(tensor.detach())
+        if ranks.first():  # cloned: safetensors refuses tensors that share memory
+            gathered[name] = together.cpu().clone(memory_format=torch.contiguous_format)
+    if ranks.first():
+        _write(path, gathered, notes)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
     with written(path) as temporary:
         try:
-            save_file(tensors, temporary, notes | {CHECKSUM: _checksum(tensors, notes)})
+            save_file(dict(tensors), temporary, {**notes, CHECKSUM: _checksum(tensors, notes)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -111,13 +121,19 @@ def load(path: Path, identity: Mapping[str, Any], learned: nn.Module, optimizer:
         if notes.pop(CHECKSUM, None) != _checksum(tensors, notes):
             raise ValueError("its content does not match its checksum.")
         _compare(path, json.loads(notes["identity"]), json.loads(json.dumps(identity)))
-        learned.load_state_dict(_below(LEARNED, tensors))
+        into = learned.state_dict()
+        learned.load_state_dict(_sharded(_below(LEARNED, tensors), into))
         _restore(optimizer, _below(MOMENTS, tensors))
         curve = [Step(**step) for step in json.loads(notes["curve"])]
-        device = next(learned.parameters()).device
-        return Course(curve, {name: tensor.to(device) for name, tensor in _below(BEST, tensors).items()})
+        return Course(curve, _sharded(_below(BEST, tensors), into))
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"The snapshot '{path}' cannot be read, remove it to start afresh: {error}") from error
+
+
+def _sharded(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the devices, and in the parts, of those of the same names."""
+    like = {name: into.get(name, tensor) for name, tensor in tensors.items()}
+    return {name: sharding.sharded_like(tensor.to(like[name].device), like[name]) for name, tensor in tensors.items()}
 
 
 def _restore(optimizer: Optimizer, moments: Mapping[str, Tensor]) -> None:
@@ -126,7 +142,8 @@ def _restore(optimizer: Optimizer, moments: Mapping[str, Tensor]) -> None:
         index, _, moment = name.partition("/")
         parameter = parameters[int(index)]
         # in the layout of the parameter, which decides how the arithmetic goes through memory
-        value = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor.clone()
+        alike = tensor.shape == parameter.shape
+        value = torch.empty_like(parameter).copy_(sharding.sharded_like(tensor, parameter)) if alike else tensor.clone()
         state["state"].setdefault(int(index), {})[moment] = value
     optimizer.load_state_dict(state)
 

@@ -31,10 +31,6 @@ class Student(ABC):
         """Within, what depends on the learned parameters alone may be computed once."""
         return contextlib.nullcontext()
 
-    def spread(self) -> None:
-        """Called where learning begins: the place to shard what does not learn over the ranks."""
-        return None
-
     def stepped(self) -> None:
         """Called after each optimizer step: the place for constraints."""
         return None

@@ -5,7 +5,7 @@ layer-wise proxy is left. Source of the idea: norm and bias tuning of quantized 
 learned rounding (AdaRound, 2004.10568), here end to end on KL and on MX codes and scales.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latmix.archs import Arch
 from latmix.distill.loop import distill
 from latmix.distill.snapshot import Step
 from latmix.distill.student import Student
-from latmix.model.free import Free, free
-from latmix.numerics import Quantized
+from latmix.model.free import Free
+from latmix.progress import Progress
 from latmix.recipe import Tuning
 
 
@@ -40,9 +39,7 @@ class Freed(Student):
 
 def tune(
     model: PreTrainedModel,
-    arch: Arch,
-    quantized: Mapping[str, Quantized],
-    unrounded: Mapping[str, Tensor],
+    parts: Free,
     teacher: PreTrainedModel,
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
@@ -50,18 +47,13 @@ def tune(
     seed: int,
     on_step: Callable[[Step], None],
     snapshot: Path | None = None,
-) -> dict[str, Quantized]:
-    """Tune the free parts of a quantized model in place; returns all codes, moved ones included.
-
-    Args:
-        unrounded: what the weights were rounded from, by path.
+    progress: Progress | None = None,
+) -> None:
+    """Tune the free parts of a quantized model in place.
 
     Cost: as `distill`; with codes, Adam's two moments and five more copies of every quantized weight.
-    Raises: LatmixError: an unknown part, or the loss is not finite.
     """
-    parts = free(model, arch, quantized, tuning.kept, tuning.biases, unrounded if tuning.codes else {})
-    distill(Freed(model, parts, tuning), teacher, windows, held_out, tuning, seed, on_step, snapshot)
-    return {**quantized, **parts.settle()}
+    distill(Freed(model, parts, tuning), teacher, windows, held_out, tuning, seed, on_step, snapshot, progress)
 
 
 def _size(part: Tensor) -> float:

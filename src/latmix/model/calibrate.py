@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latmix import ranks
 from latmix.archs import Arch, Input
 from latmix.errors import LatmixError
 from latmix.model.parts import layers, linear
@@ -50,7 +51,7 @@ def quantize_layer(
     format: BlockFormat,
     moment: Callable[[Input], Float[Tensor, "n n"]] | None,
 ) -> Calibrated:
-    """Put the quantized values into the weight of every linear of a layer.
+    """Put the quantized values into the weight of every linear of a layer; ranks share the linears of an input.
 
     moment: mean of x xᵀ at an input of the layer as it is now; None for quantizers that need none.
 
@@ -60,7 +61,7 @@ def quantize_layer(
     for spot in arch.inputs:
         hessian = None if moment is None else moment(spot)
         dead = 0 if hessian is None else int((hessian.diagonal() == 0).sum())
-        quantize_readers(layer, spot.readers, quantizer, format, hessian, found)
+        quantize_readers(layer, spot.readers, quantizer, format, hessian, found, shared=True)
         for name in spot.readers:
             if dead:
                 found.dead[name] = dead
@@ -75,23 +76,33 @@ def quantize_readers(
     format: BlockFormat,
     hessian: Float[Tensor, "n n"] | None,
     found: Calibrated,
+    *,
+    shared: bool = False,
 ) -> None:
     """Add codes and scales of linears that read one input to what was found; their weights stay as they are.
+
+    shared: all ranks are at the same linears, and each takes some of them.
 
     Raises: LatmixError: a weight quantizer failed; names the linear.
     """
     weights = {name: linear(layer, name).weight for name in names}
     tensor_scale = shared_scale(list(weights.values()), format)
-    for name, weight in weights.items():
+
+    def quantized(name: str) -> tuple[Quantized, float | None]:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", MoreDamping)
-                found.quantized[name] = quantizer(weight, hessian, format, tensor_scale)
+                made = quantizer(weights[name], hessian, format, tensor_scale)
         except LatmixError as error:
             raise type(error)(f"{name}: {error}") from error
-        for warning in caught:
-            if isinstance(warning.message, MoreDamping):
-                found.damping[name] = warning.message.damping
+        more = [warning.message.damping for warning in caught if isinstance(warning.message, MoreDamping)]
+        return made.to("cpu") if shared else made, more[-1] if more else None
+
+    each = ranks.shared_out(list(weights), quantized) if shared else map(quantized, weights)
+    for (name, weight), (made, damping) in zip(weights.items(), each, strict=True):
+        found.quantized[name] = made.to(weight.device)
+        if damping is not None:
+            found.damping[name] = damping
 
 
 def decoded(quantized: Quantized) -> Float[Tensor, "out n"]:
@@ -116,23 +127,26 @@ class _Reached(Exception):
 
 @torch.no_grad()
 def moment(layer: nn.Module, arguments: Arguments, batches: Iterable[Tensor], spot: Input) -> Float[Tensor, "n n"]:
-    """Mean of x xᵀ over all tokens at that input, float32 sums of float32 products."""
-    total, tokens = 0.0, 0
+    """Mean of x xᵀ over all tokens at that input, over the batches of all ranks: float32 products, added up in float64,
+    where the order of the ranks' sums does not show."""
+    reader = linear(layer, spot.readers[0])
+    total = torch.zeros(reader.in_features, reader.in_features, dtype=torch.float64, device=reader.weight.device)
+    tokens = torch.zeros((), dtype=torch.int64, device=total.device)
 
     def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal total, tokens
         x = args[0].flatten(0, -2).float()
-        total, tokens = total + x.T @ x, tokens + len(x)
+        total.add_(x.T @ x)
+        tokens.add_(len(x))
         raise _Reached
 
-    hook = layer.get_submodule(spot.readers[0]).register_forward_pre_hook(collect)
+    hook = reader.register_forward_pre_hook(collect)
     try:
         for _ in forward(layer, arguments, batches):
             pass
     finally:
         hook.remove()
-    assert isinstance(total, Tensor)
-    return total / tokens
+    ranks.add_up(total, tokens)
+    return total.div_(tokens).float()
 
 
 @torch.no_grad()

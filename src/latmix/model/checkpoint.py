@@ -9,7 +9,8 @@ nothing loads one as a plain checkpoint by mistake. A run is sealed (`latmix.sea
 import copy
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -71,25 +72,21 @@ def packed(quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
 
 
 def write_layer(
-    file: Path, path: str, layer: nn.Module, quantized: Mapping[str, Tensor], notes: Mapping[str, str]
+    file: Path, path: str, kept: Mapping[str, Tensor], quantized: Mapping[str, Tensor], notes: Mapping[str, str]
 ) -> None:
     """Write a layer that stands at `path` in the model.
 
-    quantized: what `packed` makes of its linears, by names in the layer. notes: words to keep with the file.
+    kept: its tensors by their names in the layer; of a quantized linear's weight none is written. quantized: what
+    `packed` makes of its linears, by names in the layer. notes: words to keep with the file.
 
     Raises: WriteError: the disk is full, say.
     """
-    kept = {name: tensor for name, tensor in layer.state_dict().items() if f"{name}_packed" not in quantized}
-    found = {**quantized, **{name: tensor.to(KEPT) for name, tensor in kept.items()}}
-    write(file, {f"{path}.{name}": tensor for name, tensor in found.items()}, notes)
+    kept = {name: tensor.to(KEPT) for name, tensor in kept.items() if f"{name}_packed" not in quantized}
+    write(file, {f"{path}.{name}": tensor for name, tensor in {**quantized, **kept}.items()}, notes)
 
 
-def save(model: PreTrainedModel, arch: Arch, quantized: Mapping[str, Quantized], folder: Path) -> None:
-    """Write a whole model. `quantized` by paths in the model."""
-    for index, layer in enumerate(layers(model, arch)):
-        path = f"{arch.layers}.{index}."
-        own = {name.removeprefix(path): q for name, q in quantized.items() if name.startswith(path)}
-        write_layer(folder / layer_file(index), path.removesuffix("."), layer, packed(own), {})
+def write_tables(model: PreTrainedModel, arch: Arch, folder: Path) -> None:
+    """Embedding, final norm and head, from the model's memory."""
     kept = {EMBEDDING: (arch.embedding,), HEAD: (arch.final_norm, arch.head)}
     for file, paths in kept.items():
         owners = {path: model.get_submodule(path) for path in paths}
@@ -142,41 +139,80 @@ def restore(run: Path, tensors: Tensors, format: BlockFormat) -> Loaded:
     Raises: DamagedError: a tensor is missing, left over or of another shape.
     """
     arch, model = read_arch(run), skeleton(run, read_config(run))
-    assemble(model, arch, tensors, format)
+    assemble(model, arch, Stored.of(tensors, format))
     return Loaded(model, arch, load_tokenizer(run), run)
 
 
-def assemble(model: PreTrainedModel, arch: Arch, tensors: Tensors, format: BlockFormat) -> dict[str, Quantized]:
-    """Fill a skeleton, in place, and return the codes and scales that its linears were decoded from, by path.
+@dataclass(frozen=True)
+class Stored:
+    """The files of a run, and its linears' format. Attributes: left: names that nobody has asked for yet."""
+
+    tensors: Tensors
+    format: BlockFormat
+    left: set[str]
+
+    @staticmethod
+    def of(tensors: Tensors, format: BlockFormat) -> "Stored":
+        return Stored(tensors, format, set(tensors.stored))
+
+    def take(self, name: str) -> Tensor:
+        """As it is stored. Raises: DamagedError: there is none."""
+        self.left.discard(name)
+        return self.tensors.tensor(name)
+
+    def bias(self, path: str) -> Tensor | None:
+        name = f"{path}.bias"
+        return self.take(name).to(pick_device(), torch.float32) if name in self.tensors else None
+
+    def quantized(self, path: str, width: int) -> Quantized:
+        """A linear's. width: inputs."""
+        packed, scales, scale = self.take(f"{path}.weight_packed"), self.take(f"{path}.weight_scale"), None
+        if f"{path}.weight_global_scale" in self.tensors:
+            scale = self.take(f"{path}.weight_global_scale")
+        codes = unpack(packed, self.format.element.bits, width)
+        return Quantized(codes, scales, scale, self.format, torch.float32).to(pick_device())
+
+    def fill(self, module: nn.Module, path: str) -> None:
+        """Every parameter of a module that stands at `path` which has none yet, in float32.
+
+        Raises: DamagedError: one is missing or of another shape.
+        """
+        for name, parameter in list(module.named_parameters()):
+            if parameter.is_meta:
+                owner, _, attribute = name.rpartition(".")
+                stored = self.take(f"{path}.{name}")
+                if stored.shape != parameter.shape:
+                    raise DamagedError(
+                        f"'{path}.{name}' is {tuple(stored.shape)}; its config says {tuple(parameter.shape)}."
+                    )
+                value = nn.Parameter(stored.to(pick_device(), torch.float32, copy=True), requires_grad=False)
+                setattr(module.get_submodule(owner), attribute, value)
+
+    def fill_layer(self, layer: nn.Module, arch: Arch, path: str) -> dict[str, Quantized]:
+        """Fill a layer; the codes and scales that its linears were decoded from, by their names in it."""
+        found = {name: self.quantized(f"{path}.{name}", linear(layer, name).in_features) for name in arch.linears}
+        for name, quantized in found.items():
+            layer.set_submodule(name, plain_linear(decode(quantized), self.bias(f"{path}.{name}")))
+        self.fill(layer, path)
+        return found
+
+    def fill_tables(self, model: PreTrainedModel, arch: Arch) -> None:
+        """Fill embedding, final norm and head."""
+        for path in (arch.embedding, arch.final_norm, arch.head):
+            self.fill(model.get_submodule(path), path)
+        model.set_submodule(arch.head, plain_linear(linear(model, arch.head).weight, self.bias(arch.head)))
+
+
+def assemble(
+    model: PreTrainedModel, arch: Arch, stored: Stored, each: Callable[[nn.Module], None] = lambda layer: None
+) -> None:
+    """Fill a skeleton, in place. each: what becomes of every layer once it is filled.
 
     Raises: DamagedError: a tensor is missing, left over or of another shape.
     """
-    left, found, head = set(tensors.stored), dict[str, Quantized](), linear(model, arch.head)
-    head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)  # no longer the embedding's
-
-    def take(name: str) -> Tensor:
-        left.discard(name)
-        return tensors.tensor(name)
-
-    def bias(path: str) -> Tensor | None:
-        return take(f"{path}.bias").to(pick_device(), torch.float32) if f"{path}.bias" in tensors else None
-
-    for path in (f"{arch.layers}.{i}.{name}" for i in range(len(layers(model, arch))) for name in arch.linears):
-        width = linear(model, path).in_features
-        packed, scales = take(f"{path}.weight_packed"), take(f"{path}.weight_scale")
-        scale = f"{path}.weight_global_scale"
-        codes, tensor_scale = unpack(packed, format.element.bits, width), take(scale) if scale in tensors else None
-        found[path] = Quantized(codes, scales, tensor_scale, format, torch.float32)
-        model.set_submodule(path, plain_linear(decode(found[path]).to(pick_device()), bias(path)))
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            owner, _, attribute = name.rpartition(".")
-            stored = take(name)
-            if stored.shape != parameter.shape:
-                raise DamagedError(f"'{name}' is {tuple(stored.shape)}; its config says {tuple(parameter.shape)}.")
-            value = nn.Parameter(stored.to(pick_device(), torch.float32, copy=True), requires_grad=False)
-            setattr(model.get_submodule(owner), attribute, value)
-    model.set_submodule(arch.head, plain_linear(head.weight, bias(arch.head)))
-    if left:
-        raise DamagedError(f"The checkpoint holds '{min(left)}', which does not fit its config.")
-    return found
+    stored.fill_tables(model, arch)
+    for index, layer in enumerate(layers(model, arch)):
+        stored.fill_layer(layer, arch, f"{arch.layers}.{index}")
+        each(layer)
+    if stored.left:
+        raise DamagedError(f"The checkpoint holds '{min(stored.left)}', which does not fit its config.")

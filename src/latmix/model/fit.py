@@ -55,6 +55,7 @@ def metric(layer: nn.Module, spot: Input) -> Float[Tensor, "n n"]:
 @torch.no_grad()
 def fit_maps(source: Source, maps: Maps, taught: Int[Tensor, "learn window"], work: Path, progress: Progress) -> None:
     """Fit every online map that is fitted, in place: a pass over the layers of the unquantized model, one in memory.
+    Ranks share the windows.
 
     Cost: a (partial) forward of each layer for each input with such a map; nothing where there is none.
     Raises: LatmixError: a folded map changes the basis that a fitted one reads, or a full disk.
@@ -63,8 +64,8 @@ def fit_maps(source: Source, maps: Maps, taught: Int[Tensor, "learn window"], wo
         return
     model = source.skeleton()
     arguments = layer_arguments(model, source.arch, taught.shape[1])
-    states = States(work, "fit", taught.shape, source.config.hidden_size)
-    states.put(0, embedded(source.tensors.tensor(f"{source.arch.embedding}.weight"), taught))
+    states = States(work, "fit", taught.shape, source.config.hidden_size, shared=True)
+    states.put(0, embedded(source.tensors.tensor(f"{source.arch.embedding}.weight"), taught[states.share]))
     progress.stage("fit", source.layers)
     for index, layer in enumerate(layers(model, source.arch)):
         with source.filled(layer, f"{source.arch.layers}.{index}"):

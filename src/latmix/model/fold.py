@@ -24,11 +24,10 @@ from latmix.model.attach import (
     linear_maps,
     seen_by_head,
 )
-from latmix.model.checkpoint import share
 from latmix.model.fold_linear import fold_linear
 from latmix.model.inputs import QuantizedInputs, quantize_inputs
 from latmix.model.maps import Maps
-from latmix.model.parts import layers, linear, linears
+from latmix.model.parts import layers, linear
 from latmix.model.tensors import rows
 from latmix.numerics import BlockFormat
 from latmix.transforms import Transform, evaluated_once
@@ -37,13 +36,20 @@ from latmix.transforms import Transform, evaluated_once
 @torch.no_grad()
 def absorb_gains(model: PreTrainedModel, arch: Arch) -> None:
     """Fold every norm's gain into its readers and set it to one; untie the head. Exact up to rounding."""
-    head, gain = linear(model, arch.head), _gain(model, arch.final_norm)
+    head = linear(model, arch.head)
     head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-    absorb(gain, head.weight)
-    gain.fill_(1.0)
+    absorb_head(model, arch)
     for layer in layers(model, arch):
         absorb_layer(layer, arch)
+
+
+@torch.no_grad()
+def absorb_head(model: PreTrainedModel, arch: Arch) -> None:
+    """The same for the last norm and the head, whose weight is its own."""
+    gain = _gain(model, arch.final_norm)
+    model.config.tie_word_embeddings = False
+    absorb(gain, linear(model, arch.head).weight)
+    gain.fill_(1.0)
 
 
 @torch.no_grad()
@@ -149,13 +155,6 @@ def fold_norms(layer: nn.Module, arch: Arch, maps: Maps, index: int) -> None:
             gain = _gain(layer, norm)  # perhaps another model's too
             moved = map.linear(gain.double()).to(gain.dtype)
             layer.get_submodule(norm).weight = nn.Parameter(moved, requires_grad=False)
-
-
-def folded_weights(model: PreTrainedModel, arch: Arch, maps: Maps) -> dict[str, Tensor]:
-    """What the linears of a plain model, its gains absorbed, hold under the maps, by path; the model is left alone."""
-    folded = share(model)
-    _fold_layers(folded, arch, copy.deepcopy(maps).double())
-    return {path: place.weight for path, place in linears(folded, arch).items()}
 
 
 def fold_embedding(table: Float[Tensor, "tokens n"], stream: Transform) -> Float[Tensor, "tokens n"]:

@@ -2,109 +2,110 @@
 
 Biases, norm gains, embedding and head are stored in bfloat16 and cost nothing to change. Codes and scales are free in
 another sense: GPTQ chose each to serve its own layer, and a neighbour may serve the model better (`model.latent`).
-`free` makes the chosen parts of a quantized model learnable, in place; `Free.settle` makes it plain again.
+`free` makes the chosen parts of a quantized model learnable, in place, layer by layer: where there are several ranks,
+each layer is sharded over them with all that learns in it, and no rank ever holds another whole one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import PreTrainedModel
 
+from latmix import sharding
 from latmix.archs import Arch
 from latmix.errors import InputError
 from latmix.model.latent import Latent
 from latmix.model.parts import layers, linear
 from latmix.numerics import Quantized
+from latmix.recipe import Tuning
 
 KEPT = ("gains", "embedding", "head")
 """Parts that keep their full precision, by the word in a recipe."""
 
+Filled = tuple[Mapping[str, Quantized], Mapping[str, Tensor]]
+"""Of a layer, by linear: codes, and what they were rounded from."""
+
 
 class Free(nn.Module):
-    """The learnable parts of a quantized model, by kind; the model borrows them."""
+    """The learnable parts of a quantized model, by kind; the model borrows them.
 
-    def __init__(self, kept: Mapping[str, nn.Parameter], movable: Mapping[str, nn.Linear]) -> None:
+    kept: their paths. movable: the linears whose codes are free, by path.
+    """
+
+    def __init__(self, model: PreTrainedModel, kept: list[str], movable: list[str]) -> None:
         super().__init__()
-        self.kept = nn.ParameterDict({_key(name): parameter for name, parameter in kept.items()})
-        self.latents = nn.ParameterDict({_key(path): _latent(place)[1] for path, place in movable.items()})
-        self.exponents = nn.ParameterDict({_key(path): _latent(place)[2] for path, place in movable.items()})
-        self._movable = dict(movable)  # a plain dict: these are the model's modules
+        latents = {path: _latent(model.get_submodule(path)) for path in movable}
+        self.kept = nn.ParameterDict({_key(name): model.get_parameter(name) for name in kept})
+        self.latents = nn.ParameterDict({_key(path): latent for path, (_, latent, _) in latents.items()})
+        self.exponents = nn.ParameterDict({_key(path): exponents for path, (*_, exponents) in latents.items()})
+        self._movable = {path: latent for path, (latent, *_) in latents.items()}  # a plain dict: they are the model's
 
     @torch.no_grad()
     def clamp(self) -> None:
         """Codes move to their neighbours, scales by one power of two, and no further."""
-        for place in self._movable.values():
-            latent, *parameters = _latent(place)
-            latent.clamp_(*parameters)
+        for latent, parameters in self._each().values():
+            latent.clamp_(*map(sharding.held, parameters))
 
     @torch.no_grad()
-    def settle(self) -> dict[str, Quantized]:
-        """Make the model plain again, and return the codes of the linears whose codes were free, by path."""
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
-        settled: dict[str, Quantized] = {}
-        for path, place in self._movable.items():
-            latent, *parameters = _latent(place)
-            settled[path] = latent.settled(*parameters)
-            remove_parametrizations(place, "weight", leave_parametrized=True)
-            place.weight.requires_grad_(False)
-        return settled
+    def settled(self, path: str) -> dict[str, Quantized]:
+        """The codes of the linears below a path whose codes were free, by what follows it. All ranks ask alike."""
+        found = {name: each for name, each in self._each().items() if name.startswith(f"{path}.")}
+        return {
+            name.removeprefix(f"{path}."): latent.settled(*map(sharding.whole, parameters))
+            for name, (latent, parameters) in found.items()
+        }
+
+    def _each(self) -> dict[str, tuple[Latent, tuple[Tensor, Tensor]]]:
+        return {
+            path: (latent, (self.latents[_key(path)], self.exponents[_key(path)]))
+            for path, latent in self._movable.items()
+        }
 
 
-def free(
-    model: PreTrainedModel,
-    arch: Arch,
-    quantized: Mapping[str, Quantized],
-    kept: tuple[str, ...],
-    biases: tuple[str, ...],
-    unrounded: Mapping[str, Tensor],
-) -> Free:
-    """Make parts of a quantized model learnable, in place.
+def free(model: PreTrainedModel, arch: Arch, fill: Callable[[int], Filled], tuning: Tuning) -> Free:
+    """Make parts of a quantized model learnable, in place: those in `tuning.kept` (the head's bias, where the maps gave
+    it one, belongs to the head), a bias of the readers of each input in `tuning.biases` (zero where they had none), and
+    with `tuning.codes` codes and scales.
 
-    Args:
-        kept: of `KEPT`. The head's bias, where the maps gave it one, belongs to the head.
-        biases: inputs of the architecture whose readers get a bias to learn (zero where they had none).
-        unrounded: by path, what the weights were rounded from: their codes and scales may move.
+    fill: puts the weights of the layer of that number into the model; the rest is there.
 
     Raises: LatmixError: an unknown part or input; lists the known.
     """
-    if unknown := [part for part in kept if part not in KEPT]:
+    if unknown := [part for part in tuning.kept if part not in KEPT]:
         raise InputError(f"Unknown part '{unknown[0]}' in tuning.kept; known: {', '.join(KEPT)}.")
-    parameters: dict[str, nn.Parameter] = {}
-    for part in kept:
-        for owner in _owners(model, arch, part):
-            module = model.get_submodule(owner)
-            parameters |= {f"{owner}.{name}": _thaw(module, name) for name, _ in list(module.named_parameters())}
-    readers = [reader for name in biases for reader in arch.input(name).readers]
-    movable: dict[str, nn.Linear] = {}
+    owners = {"embedding": (arch.embedding,), "head": (arch.head,), "gains": (arch.final_norm,)}
+    kept = [name for part in tuning.kept for path in owners[part] for name in _thaw_all(model, path)]
+    norms = [spot.norm for spot in arch.inputs if spot.norm is not None] if "gains" in tuning.kept else []
+    readers = [reader for name in tuning.biases for reader in arch.input(name).readers]
+    movable: list[str] = []
     for index, layer in enumerate(layers(model, arch)):
-        for name in arch.linears:
-            place, path = linear(layer, name), f"{arch.layers}.{index}.{name}"
-            if name in readers:
-                if place.bias is None:
-                    place.bias = nn.Parameter(place.weight.new_zeros(place.out_features), requires_grad=False)
-                parameters[f"{path}.bias"] = _thaw(place, "bias")
-            if path in unrounded:
-                place.weight = nn.Parameter(unrounded[path].clone())
-                register_parametrization(place, "weight", Latent(quantized[path]))
-                movable[path] = place
-    return Free(parameters, movable)
+        path, (quantized, unrounded) = f"{arch.layers}.{index}", fill(index)
+        kept += [f"{path}.{name}" for norm in norms for name in _thaw_all(layer, norm)]
+        kept += [f"{path}.{name}" for name in _loosen_biases(layer, [name for name in arch.linears if name in readers])]
+        for name in arch.linears if tuning.codes else ():
+            place = linear(layer, name)
+            place.weight = nn.Parameter(unrounded[name].clone())
+            register_parametrization(place, "weight", Latent(quantized[name]))
+            movable.append(f"{path}.{name}")
+        sharding.shard(layer)
+        for name in arch.linears if tuning.codes else ():
+            _latent(layer.get_submodule(name))[0].part()
+    sharding.join_layers(model.base_model)
+    return Free(model, kept, movable)
 
 
-def _owners(model: PreTrainedModel, arch: Arch, part: str) -> list[str]:
-    """Paths of the modules whose parameters a part consists of."""
-    if part == "gains":
-        norms = [spot.norm for spot in arch.inputs if spot.norm is not None]
-        return [
-            *(f"{arch.layers}.{i}.{norm}" for i in range(len(layers(model, arch))) for norm in norms),
-            arch.final_norm,
-        ]
-    return [{"embedding": arch.embedding, "head": arch.head}[part]]
+def _loosen_biases(layer: nn.Module, names: list[str]) -> list[str]:
+    for name in names:
+        place = linear(layer, name)
+        if place.bias is None:
+            place.bias = nn.Parameter(place.weight.new_zeros(place.out_features), requires_grad=False)
+        _thaw(place, "bias")
+    return [f"{name}.bias" for name in names]
 
 
-def _latent(place: nn.Linear) -> tuple[Latent, nn.Parameter, nn.Parameter]:
+def _latent(place: nn.Module) -> tuple[Latent, nn.Parameter, nn.Parameter]:
     """The parametrization of its weight, and what learns under it: latents and exponents."""
     owner = "parametrizations.weight"
     latent = place.get_submodule(f"{owner}.0")
@@ -116,8 +117,14 @@ def _key(path: str) -> str:
     return path.replace(".", "/")  # no dots in the names of parameters
 
 
-def _thaw(module: nn.Module, name: str) -> nn.Parameter:
+def _thaw_all(model: nn.Module, path: str) -> list[str]:
+    module = model.get_submodule(path)
+    names = [name for name, _ in module.named_parameters()]
+    for name in names:
+        _thaw(module, name)
+    return [f"{path}.{name}" for name in names]
+
+
+def _thaw(module: nn.Module, name: str) -> None:
     """A learnable copy in the tensor's place: other models may share the old one."""
-    copy = nn.Parameter(getattr(module, name).detach().clone())
-    setattr(module, name, copy)
-    return copy
+    setattr(module, name, nn.Parameter(getattr(module, name).detach().clone()))

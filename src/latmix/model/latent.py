@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from latmix import sharding
 from latmix.numerics import BlockFormat, Quantized, decode_scales, encode, neighbours
 from latmix.numerics.rounding import round_to_element_
 from latmix.numerics.scales import from_blocks, to_blocks
@@ -39,11 +40,16 @@ class Latent(nn.Module):
 
     def __init__(self, quantized: Quantized) -> None:
         super().__init__()
-        self.quantized = quantized
+        self.format, self.tensor_scale, self.dtype = quantized.format, quantized.tensor_scale, quantized.dtype
         scales = decode_scales(quantized.scales, quantized.format, quantized.tensor_scale)
         self.register_buffer("scales", scales, persistent=False)
         for name, values in zip(("below", "here", "above"), neighbours(quantized), strict=True):
             self.register_buffer(name, self._in_scales(values.float()), persistent=False)
+
+    def part(self) -> None:
+        """Let go of what only the start needs, and keep the limits of the rows alone that this rank will hold."""
+        self.below, self.above = sharding.part(self.below), sharding.part(self.above)
+        del self.here
 
     def right_inverse(self, unrounded: Float[Tensor, "out n"]) -> tuple[Tensor, Tensor]:
         """Latents, at the unrounded weight or where its code's cell is nearest to that; exponents, all zero."""
@@ -52,30 +58,29 @@ class Latent(nn.Module):
 
     def forward(self, latent: Float[Tensor, "out n"], exponents: Float[Tensor, "out blocks"]) -> Float[Tensor, "out n"]:
         moved = self.moved_scales(exponents)
-        weight: Tensor = _Round.apply(latent, exponents, self.scales, moved, self.quantized.format)  # type: ignore[no-untyped-call]
+        weight: Tensor = _Round.apply(latent, exponents, self.scales, moved, self.format)  # type: ignore[no-untyped-call]
         return weight
 
     def moved_scales(self, exponents: Float[Tensor, "out blocks"]) -> Float[Tensor, "out blocks"]:
         """Scales, each moved by a power of two, as far as the format has them."""
-        if self.quantized.tensor_scale is not None:
+        if self.tensor_scale is not None:
             return self.scales
-        return (self.scales * exponents.detach().round().exp2()).clamp(*self.quantized.format.scale_range)
+        return (self.scales * exponents.detach().round().exp2()).clamp(*self.format.scale_range)
 
     @torch.no_grad()
-    def clamp_(self, latent: Float[Tensor, "out n"], exponents: Float[Tensor, "out blocks"]) -> None:
-        """Back to where they may be."""
+    def clamp_(self, latent: Float[Tensor, "rows n"], exponents: Float[Tensor, "rows blocks"]) -> None:
+        """Back to where they may be; the rows of this rank."""
         latent.clamp_(self.below, self.above)
         exponents.clamp_(-1.0, 1.0)
 
     @torch.no_grad()
     def settled(self, latent: Float[Tensor, "out n"], exponents: Float[Tensor, "out blocks"]) -> Quantized:
         """Codes and scales of the weight that `forward` gives."""
-        old = self.quantized
         scales = self.moved_scales(exponents)
-        return encode(self(latent, exponents).to(old.dtype), old.format, scales, old.tensor_scale)
+        return encode(self(latent, exponents).to(self.dtype), self.format, scales, self.tensor_scale)
 
     def _in_scales(self, values: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
-        block = self.quantized.format.block
+        block = self.format.block
         return from_blocks(to_blocks(values, block) / self.scales.unsqueeze(-1), values.shape[-1])
 
 

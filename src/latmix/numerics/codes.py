@@ -9,7 +9,7 @@ Given up: working on packed codes. A weight is encoded once; what runs in a loop
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -39,6 +39,10 @@ class Quantized:
     tensor_scale: Float[Tensor, ""] | None
     format: BlockFormat
     dtype: torch.dtype
+
+    def to(self, device: torch.device | str) -> "Quantized":
+        scale = None if self.tensor_scale is None else self.tensor_scale.to(device)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), tensor_scale=scale)
 
 
 @torch.no_grad()

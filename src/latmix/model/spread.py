@@ -1,0 +1,45 @@
+"""A whole model for what couples all layers, without ever being whole in one place.
+
+Layer by layer is read, its norm gains absorbed, and, where there are several ranks, sharded over them before the next
+is read. So a rank holds its part of all layers, one layer whole for a moment, and embedding and head. Where a GPU has
+no room for that, the layers wait in the CPU's memory (FSDP2's offloading), and one at a time comes to the GPU.
+"""
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from latmix import ranks
+from latmix.model.fold import absorb_head, absorb_layer
+from latmix.model.parts import layers
+from latmix.model.source import Source
+from latmix.sharding import join_layers, shard
+
+ROOM = 0.4
+"""Share of a GPU's free memory that the frozen layers of teacher and student may take; the rest is for activations."""
+
+
+def spread(source: Source) -> PreTrainedModel:
+    """Frozen, in float32, its gains absorbed and its head untied. Raises: DamagedError: a tensor cannot be read."""
+    model, arch = source.skeleton(), source.arch
+    for path in (arch.embedding, arch.final_norm, arch.head):
+        source.fill(model.get_submodule(path), path)
+    absorb_head(model, arch)
+    offload = too_large(source)
+    for index, layer in enumerate(layers(model, arch)):
+        source.fill(layer, f"{arch.layers}.{index}")
+        absorb_layer(layer, arch)
+        shard(layer, offload)
+    join_layers(model.base_model)
+    return model
+
+
+def too_large(source: Source) -> bool:
+    """Whether a GPU cannot keep what a rank holds of the layers: one model in float32 that teacher and student share,
+    or of two each its part."""
+    if not torch.cuda.is_available():
+        return False
+    layers = (math.prod(x.shape) for name, x in source.tensors.stored.items() if name.startswith(source.arch.layers))
+    models = 1 if ranks.world() == 1 else 2 / ranks.world()
+    return bool(4 * sum(layers) * models > ROOM * torch.cuda.mem_get_info()[0])
