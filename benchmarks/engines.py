@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import engines_page
 import torch
-from engines_page import Row
+from engines_page import PLACES, Row
 
 import latmix
 from latmix import export as exports
@@ -40,8 +40,6 @@ from latmix.recipe import Recipe, override
 from latmix.recipes import RECIPES, find
 from latmix.rundir import read_json, write_json
 
-PLACES = (("transformers", "transformers"), ("compressed-tensors", "transformers"), ("compressed-tensors", "vllm"))
-PLACES += (("gguf", "llama"),)
 CASES: list[tuple[str, dict[str, str]]] = [(recipe, {}) for recipe in RECIPES]
 CASES += [  # what all targets serve
     ("block-hadamard", {"online.down": "none"}),

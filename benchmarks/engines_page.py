@@ -19,6 +19,10 @@ GREEDY = 20
 BITS = 0.005
 """Greedy tokens that have to be the run's; how far bits per weight may be from 4.25, relatively."""
 
+PLACES = (("transformers", "transformers"), ("compressed-tensors", "transformers"), ("compressed-tensors", "vllm"))
+PLACES += (("gguf", "llama"),)
+"""Export and engine."""
+
 NAMES = {"vllm": "vLLM", "llama": "llama.cpp", "transformers": "transformers"}
 
 
@@ -93,16 +97,18 @@ def together(rows: list[Row]) -> str:
     for row in rows:
         if row.answer:
             runs.setdefault(row.run, []).append(row)
-    served = {name: found for name, found in runs.items() if len({(row.to, row.engine) for row in found}) == 4}
-    head = ["recipe", "latmix, W4A4", "latmix, W4A16"]
-    lines = []
-    for found in served.values():
-        four = found[:4]  # other recipes that a target changes into this one come later
+    head, lines = ["recipe", "latmix, W4A4", "latmix, W4A16"], []
+    for found in runs.values():
+        # recipes that a target changes into this one asked for the same
+        each = {(row.to, row.engine): row for row in reversed(found)}
+        if len(each) < len(PLACES):
+            continue
+        four = [each[place] for place in PLACES]
         head = head[:3] + [f"{NAMES[row.engine]} ({row.to})" for row in four]
-        (first, *_), answers = four, [row.answer for row in four if row.answer]
-        own = zip((answers[0]["run_perplexity"], answers[0]["run_weights_only"]), first.own, strict=True)
+        answers = [row.answer for row in four if row.answer]
+        own = zip((answers[0]["run_perplexity"], answers[0]["run_weights_only"]), four[0].own, strict=True)
         cells = [*own, *((answer["perplexity"], answer["original"]) for answer in answers)]
-        lines.append(f"| {first.recipe} | {' | '.join(f'{a:.3f} / {b:.4f}' for a, b in cells)} |")
+        lines.append(f"| {four[0].recipe} | {' | '.join(f'{a:.3f} / {b:.4f}' for a, b in cells)} |")
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines])
 
 

@@ -10,6 +10,7 @@ import pytest
 import latmix
 from latmix import export as exports
 from latmix.assets import DEMO_MODEL
+from tests.exported import with_random_biases
 from tests.texts import CALIBRATION
 
 SMALL = {"calibration.windows": "8", "calibration.held_out": "2", "calibration.window": "128"}
@@ -40,6 +41,7 @@ def test_engine_agrees(recipe: str, settings: dict[str, str], engine: str, engin
     if not python.exists():
         pytest.skip(f"no environment for {engine} in {engines}; scripts/engines.sh makes it")
     latmix.quantize(DEMO_MODEL, tmp_path / "run", recipe, CALIBRATION, 0, settings)
+    with_random_biases(tmp_path / "run", 0.02)
     exports.export(tmp_path / "run", "gguf" if engine == "llama" else "compressed-tensors", tmp_path / "out")
     verdict = exports.verify(tmp_path / "out", engine, str(python))
     assert verdict.passed, verdict

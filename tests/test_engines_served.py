@@ -26,6 +26,7 @@ from latmix.assets import DEMO_MODEL
 from latmix.cli import app
 from latmix.export import fingerprint
 from latmix.export.verify import ask
+from tests.exported import with_random_biases
 from tests.test_engines import CT, LEARNED, SMALL, TUNED
 from tests.texts import CALIBRATION
 
@@ -74,6 +75,7 @@ def test_the_printed_command_serves_what_was_verified(
     if not (engines / engine / ".done").exists():
         pytest.skip(f"no environment for {engine} in {engines}; scripts/engines.sh makes it")
     latmix.quantize(DEMO_MODEL, tmp_path / "run", recipe, CALIBRATION, 0, settings)
+    with_random_biases(tmp_path / "run", 0.02)
     monkeypatch.chdir(tmp_path)
     target = "gguf" if engine == "llama" else "compressed-tensors"
     said = CliRunner().invoke(app, ["export", "run", "--to", target, "--out", "served"])

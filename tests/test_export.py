@@ -75,7 +75,8 @@ def test_transformers_is_no_engine_for_online_transforms(runs: Runs, tmp_path: P
     online = exports.export(runs("quarot"), "compressed-tensors", tmp_path / "online")
     with pytest.raises(latmix.LatmixError, match="engine 'transformers' cannot serve"):  # it would compute nonsense
         exports.verify(online, "transformers")
-    assert "Do not load this with transformers" in (online / "README.md").read_text()
+    card = (online / "README.md").read_text()
+    assert "Do not load this with transformers" in card and "library_name: vllm\n" in card
 
 
 @pytest.mark.parametrize("target", [pytest.param(t, marks=WITH_GGUF if t == "gguf" else ()) for t in TARGETS])

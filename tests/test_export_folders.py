@@ -32,9 +32,11 @@ class TestOurQuantizer:
         down = model.model.layers[0].mlp.down_proj
         assert down.weight.dtype == torch.uint8 and down.weight.shape == (1, 64, 48)
         assert model.lm_head.bias is not None
-        model.save_pretrained(tmp_path / "again")
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
-        assert torch.equal(logits(again), logits(model))
+        _round_trips(model, tmp_path / "again")
+
+    def test_save_pretrained_round_trips_learned_online_maps(self, runs: Runs, tmp_path: Path) -> None:
+        out = exports.export(runs("wush", weights="mxint8"), "transformers", tmp_path / "out")
+        _round_trips(transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), tmp_path / "again")
 
     def test_generates_with_a_cache_what_it_generates_without(self, runs: Runs, tmp_path: Path) -> None:
         out = exports.export(runs("quarot"), "transformers", tmp_path / "out")
@@ -237,6 +239,12 @@ class TestFolders:
         seal(out)
         verdict = exports.verify(out)
         assert not verdict.passed and verdict.kl > 1e-3
+
+
+def _round_trips(model: transformers.PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(again), logits(model))
 
 
 def _fail_at(count: int):

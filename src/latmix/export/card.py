@@ -33,10 +33,12 @@ def text(folder: Path, final: Path) -> str:
         measured += f"top-1 agreement {100 * agreement:.1f} %"
     online = ", ".join(f"`{spec}` at the input of {spot}" for spot, spec in manifest["online"].items()) or "none"
     served = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in TENSORS)
+    # the hub suggests code by this name: not transformers', where that would compute nonsense
+    library = "gguf" if target == "gguf" else "transformers" if "transformers" in manifest["engines"] else "vllm"
     rounded = f"`{recipe['activations']}` (the scale rule they were learned under)"
     rounded = rounded if recipe["activations"] else "left alone"
     return f"""---
-library_name: {"transformers" if target != "gguf" else "gguf"}
+library_name: {library}
 tags: [{recipe["weights"].partition(":")[0]}, latmix, {target}]
 ---
 
