@@ -31,7 +31,7 @@ def engines(request: pytest.FixtureRequest) -> Path:
     folder: Path | None = request.config.getoption("--engines")
     if folder is None:
         pytest.skip("no --engines FOLDER (scripts/engines.sh FOLDER makes it)")
-    return folder
+    return folder.absolute()
 
 
 @pytest.fixture(scope="session")
