@@ -4,7 +4,8 @@
 
 Models of real shapes with random weights (benchmarks/scaling.py makes them), rounded to nearest without activations.
 An export is a process of its own, without the verification that the command line adds, and with a fingerprint of one
-window and one greedy token instead of 8 and 24: each is computed after the other, and holds what the first held.
+window and one greedy token instead of 8 and 24, which is what takes the time. Windows go through a layer together, so
+that eight hold somewhat more; greedy tokens come one after the other.
 Memory: VmHWM, with the pages of mapped files, and the largest anonymous part, sampled. What kills do to exports:
 `python -m benchmarks.faults`.
 """
