@@ -4,10 +4,9 @@
 
 Models of real shapes with random weights (benchmarks/scaling.py makes them), rounded to nearest without activations.
 An export is a process of its own, without the verification that the command line adds, and with a fingerprint of one
-window and one greedy token instead of 8 and 24, which is what takes the time. Windows go through a layer together, so
-that eight hold somewhat more; greedy tokens come one after the other.
-Memory: VmHWM, with the pages of mapped files, and the largest anonymous part, sampled. What kills do to exports:
-`python -m benchmarks.faults`.
+window and one greedy token instead of 8 and 24, which is what takes the time. Windows go through a layer together:
+eight held 250 MiB more at 0.5B (docs/log.md); greedy tokens come one after the other. Memory: VmHWM, with the pages of
+mapped files, and the largest anonymous part, sampled. What kills do to exports: `python -m benchmarks.faults`.
 """
 
 import argparse
