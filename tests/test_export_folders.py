@@ -1,10 +1,12 @@
 """Exported folders: our quantizer loads them, killed exports resume, damage is noticed and named."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,7 @@ import latmix
 from latmix import export as exports
 from latmix.export import fingerprint, shards, streamed
 from latmix.export.source import open_run
-from latmix.export.verify import interpreter
+from latmix.export.verify import interpreter, record
 from latmix.pipeline import restore
 from latmix.seal import listed, seal
 from latmix.targets import TARGETS
@@ -193,8 +195,21 @@ class TestFolders:
                 with pytest.raises(latmix.LatmixError, match="SHA256SUMS" if name == "SHA256SUMS" else name):
                     exports.open_export(out)
                 (out / name).write_bytes(whole)
-            assert exports.verify(out).passed
+            verdict = exports.verify(out)
+            assert verdict.passed
         assert "verdict.json" in files
+
+        def verified(engine: str) -> None:
+            for _ in range(5):
+                record(out, engine, dataclasses.replace(verdict, engine=engine))
+
+        with ThreadPoolExecutor() as pool:  # each opens the file that they wait for, as a process does
+            list(pool.map(verified, ("vllm", "llama", "one more")))
+        exports.open_export(out)
+        found = json.loads((out / "verdict.json").read_text())
+        assert set(found) == {"transformers", "vllm", "llama", "one more"}
+        card = (out / "README.md").read_text()
+        assert [engine for engine in found if f"| {engine} " not in card] == []
 
     @pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "tokenizer.json"])
     def test_a_damaged_half_done_export_is_refused(
