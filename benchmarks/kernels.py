@@ -1,10 +1,11 @@
-"""MXFP4 fake quantization, with a Hadamard rotation before it, and encoding, of a 4096 × 4096 tensor on a CPU.
+"""MXFP4 fake quantization, with a Hadamard rotation before it, and encoding: 4096 × 4096 on a CPU, 8192 × 8192 on GPUs.
 
     python benchmarks/kernels.py [--rounds 7]
 
 Against torchao and compressed-tensors, where they are installed, and against copies of the same bytes: into memory
 fresh from the system (`clone`), as all of these have their results, and into memory that is there (`copy_`). Rounds
-alternate; the best of each is reported, in milliseconds.
+alternate; the best of each is reported, in milliseconds. On a GPU, if there is one, a round is twenty calls, and what
+is reported is bandwidth, of the bytes that have to be read and written.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from torch import Tensor
 from latmix.numerics import encode, fake_quant, kernels, pack, parse_format, rotated_fake_quant
 
 FORMAT = parse_format("mxfp4:scale=even")
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def contenders(x: Tensor) -> dict[str, Callable[[], object]]:
@@ -56,27 +58,71 @@ def contenders(x: Tensor) -> dict[str, Callable[[], object]]:
     return found
 
 
+def best_times(x: Tensor, rounds: int) -> dict[str, float]:
+    best = dict.fromkeys(found := contenders(x), float("inf"))
+    for _ in range(rounds):
+        for name, run in found.items():
+            best[name] = min(best[name], gpu_time(run) if x.is_cuda else cpu_time(run))
+    return best
+
+
+def cpu_time(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - began)
+
+
+def gpu_time(run: Callable[[], object], calls: int = 20) -> float:
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()  # compiles, the first time
+    began.record()
+    for _ in range(calls):
+        run()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / calls
+
+
+def input(size: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def measure_cpu(rounds: int) -> None:
+    columns = [best_times(input(4096, dtype, "cpu"), rounds) for dtype in DTYPES]
+    print(f"CPU: {kernels.status()}; {torch.get_num_threads()} threads")
+    print("| | float32, ms | of clone's speed | bfloat16, ms | of clone's speed |\n|---|---|---|---|---|")
+    for name in columns[0]:
+        cells = [f"{best[name]:.1f} | {best['clone'] / best[name]:.2f}" for best in columns]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def measure_gpu(rounds: int) -> None:
+    if not torch.cuda.is_available():
+        print("GPU: not measured: no GPU")
+        return
+    columns = []
+    for dtype in DTYPES:
+        x = input(8192, dtype, "cuda")
+        codes = x.numel() // 2 + x.numel() // FORMAT.block
+        rates = {
+            name: (x.nbytes + (codes if "encode" in name else x.nbytes)) / milliseconds / 1e6
+            for name, milliseconds in best_times(x, rounds).items()
+        }
+        columns.append(rates)
+    print(f"GPU: {kernels.status()}; {torch.cuda.get_device_name()}")
+    print("| | float32, GB/s | of copy_'s bandwidth | bfloat16, GB/s | of copy_'s bandwidth |\n|---|---|---|---|---|")
+    for name in columns[0]:
+        cells = [f"{rates[name]:.0f} | {rates[name] / rates['copy_']:.2f}" for rates in columns]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-
-    columns = {}
-    with torch.no_grad():
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
-            best = dict.fromkeys(found := contenders(x), float("inf"))
-            for _ in range(rounds):
-                for name, run in found.items():
-                    began = time.perf_counter()
-                    run()
-                    best[name] = min(best[name], 1000 * (time.perf_counter() - began))
-            columns[dtype] = best
-    print(f"kernels: {kernels.status()}; {torch.get_num_threads()} threads")
-    print("| | float32, ms | of clone's speed | bfloat16, ms | of clone's speed |\n|---|---|---|---|---|")
-    for name in columns[torch.float32]:
-        cells = [f"{best[name]:.1f} | {best['clone'] / best[name]:.2f}" for best in columns.values()]
-        print(f"| {name} | {' | '.join(cells)} |")
+    measure_cpu(rounds)
+    measure_gpu(rounds)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def patterns(dtype: torch.dtype) -> Tensor:
 def test_the_kernel_by_hand_is_bit_equal_on_every_pattern(fmt: BlockFormat, dtype: torch.dtype) -> None:
     x = patterns(dtype)
     for tensor in (x.view(-1, 1 << 11), x[: 1 << 17].view(-1, 1 << 9)[:, :172]):  # partial blocks, not contiguous
-        assert native.covers([tensor], fmt) and tensor.numel() >= kernels.SMALL
+        assert kernels.by_hand([tensor], fmt) is native and tensor.numel() >= kernels.SMALL
         assert same(quantized_values(tensor, fmt), reference(quantized_values, tensor, fmt))
     assert "C++" in kernels.status()
 
@@ -65,7 +65,7 @@ def test_codes_by_hand_are_the_reference_s(
 ) -> None:
     x = patterns(dtype)[: 1 << 16].view(-1, 1 << 9)[:, :172]
     by_hand = encode(x, fmt)
-    monkeypatch.setattr(native, "covers", lambda *arguments: False)
+    monkeypatch.setattr(kernels, "on_device", lambda tensors: None)
     expected = encode(x, fmt)
     assert torch.equal(by_hand.codes, expected.codes) and torch.equal(by_hand.scales, expected.scales)
     assert by_hand.dtype == dtype and torch.equal(pack(by_hand.codes, 8), by_hand.codes)
@@ -101,7 +101,7 @@ def test_rotating_blocks_is_the_hadamard_transform(block: int) -> None:
 def test_the_compiled_reference_is_bit_equal_to_the_plain_one(
     text: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "covers", lambda *arguments: False)
+    monkeypatch.setattr(kernels, "on_device", lambda tensors: None)
     fmt = parse_format(text)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 340, 172, generator=generator) * 2.0 ** torch.randint(
@@ -122,7 +122,7 @@ def test_the_gradient_kernels_differ_from_their_reference_by_the_order_of_a_sum(
     by_hand: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not by_hand:
-        monkeypatch.setattr(native, "covers", lambda *arguments: False)
+        monkeypatch.setattr(kernels, "on_device", lambda tensors: None)
     fmt = parse_format("mxfp4:scale=even")
     x, g = torch.randn(2, 700, 172, generator=torch.Generator().manual_seed(2)).to(dtype)
     x[:, 3] = x[:, 5] = 2.5  # several of the largest magnitude: the first counts

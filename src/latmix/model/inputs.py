@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from latmix.archs import Arch, Input
 from latmix.model.maps import Maps
 from latmix.model.parts import layers
-from latmix.numerics import BlockFormat, fake_quant_with_scale_gradient, native, rotated_fake_quant
+from latmix.numerics import BlockFormat, fake_quant_with_scale_gradient, rotated_fake_quant
+from latmix.numerics.kernels import by_hand
 from latmix.transforms import Transform
 from latmix.transforms.hadamard import Hadamard
 
@@ -36,8 +37,8 @@ def quantized_input(
 ) -> Float[Tensor, "*batch n"]:
     """`x` through the online transform, then rounded.
 
-    Without a gradient and on a CPU, a block-Hadamard and the rounding take one pass. It adds up in its own order: where
-    that decides a tie, its value differs from the one that learning sees.
+    Without a gradient and where there is a kernel by hand, a block-Hadamard and the rounding take one pass. It adds up
+    in its own order: where that decides a tie, its value differs from the one that learning sees.
     """
     if format is not None and _in_one_pass(x, online, format):
         return rotated_fake_quant(x, format)
@@ -48,7 +49,7 @@ def quantized_input(
 
 def _in_one_pass(x: Tensor, online: Transform | None, format: BlockFormat) -> bool:
     rotates = isinstance(online, Hadamard) and online.only_blocks_of(format.block)
-    return rotates and native.covers([x], format) and not torch.is_grad_enabled()
+    return rotates and by_hand([x], format) is not None and not torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)

@@ -255,6 +255,11 @@ void latmix_codes(bool half, const void* x, const float* given, uint8_t* out, ui
     else codes((const float*)x, given, out, scale_bytes, blocks, *f, threads);
 }
 
+void latmix_pack(const uint8_t* codes, uint8_t* out, int64_t bytes, int threads) {
+#pragma omp parallel for simd num_threads(threads)
+    for (int64_t i = 0; i < bytes; i++) out[i] = codes[2 * i] | codes[2 * i + 1] << 4;
+}
+
 // Memory fresh from the system comes in pages of 4 KiB, each at the price of an interrupt; whoever writes all of it does
 // better with 2 MiB. A hint: where it is refused, nothing changes.
 void latmix_expect_writing(char* memory, int64_t bytes) {

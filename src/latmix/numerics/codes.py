@@ -8,7 +8,6 @@ Given up: working on packed codes. A weight is encoded once; what runs in a loop
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,10 +15,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from latmix.errors import DamagedError, FailedError, InputError
-from latmix.numerics import native
 from latmix.numerics.fakequant import scaled_elements
 from latmix.numerics.formats import BlockFormat, Element, parse_format
-from latmix.numerics.kernels import attempt
+from latmix.numerics.kernels import attempt, by_hand, on_device
 from latmix.numerics.scales import (
     choose_scales,
     choose_tensor_scale,
@@ -85,9 +83,10 @@ def encode(
 
 def _by_kernel(x: Tensor, fmt: BlockFormat, scales: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Codes and scale bytes, under given scales or the format's own, where a kernel makes them."""
-    if not native.covers([x], fmt, scales is not None):
+    kernels = by_hand([x], fmt, scales is not None)
+    if kernels is None:
         return None
-    coded = attempt("C++", native.codes, to_blocks(x, fmt.block).contiguous(), scales, fmt)
+    coded = attempt(kernels.NAME, kernels.codes, to_blocks(x, fmt.block).contiguous(), scales, fmt)
     return coded and (from_blocks(coded[0], x.shape[-1]), coded[1])
 
 
@@ -143,9 +142,10 @@ def pack(codes: UInt8[Tensor, "*batch n"], bits: int) -> UInt8[Tensor, "*batch b
     """
     if bits not in (4, 6, 8):
         raise InputError(f"Cannot pack codes of {bits} bits; known: 4, 6, 8.")
-    if bits == 4 and codes.numel() and codes.shape[-1] % 2 == 0 and sys.byteorder == "little":
-        pairs = codes.contiguous().view(torch.int16)  # the first in the low byte
-        return (pairs | pairs >> 4).to(torch.uint8)  # which keeps the low byte
+    kernels = on_device([codes]) if bits == 4 and codes.shape[-1] % 2 == 0 else None
+    packed = attempt(kernels.NAME, kernels.pack, codes.contiguous()) if kernels else None
+    if packed is not None:
+        return packed
     return _regroup(codes, bits, 8)[..., : math.ceil(codes.shape[-1] * bits / 8)].contiguous()
 
 

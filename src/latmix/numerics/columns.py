@@ -4,9 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.numerics import native
 from latmix.numerics.formats import BlockFormat
-from latmix.numerics.kernels import attempt
+from latmix.numerics.kernels import attempt, on_device
 from latmix.numerics.rounding import round_to_element
 
 
@@ -27,11 +26,11 @@ def round_columns(
         feedback: [i, j], j < i: how the error of column j weighs in column i; the rest is not read.
         scales: one for each number.
 
-    Cost: out·columns²/2 multiply-adds. Float32 on a CPU takes one kernel, which adds the errors up in another order.
+    Cost: out·columns²/2 multiply-adds. Float32 takes one kernel, which adds the errors up in another order.
     """
     tensors = (weight, wanted, feedback, scales, error)
-    by_hand = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-    if not (by_hand and attempt("C++", native.round_columns, *tensors, fmt)):
+    kernels = on_device(tensors) if all(tensor.dtype == torch.float32 for tensor in tensors) else None
+    if not (kernels and attempt(kernels.NAME, kernels.round_columns, *tensors, fmt)):
         one_by_one(*tensors, fmt)
 
 

@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.numerics import native
 from latmix.numerics.formats import BlockFormat, parse_format
 from latmix.numerics.kernels import kernel
 from latmix.numerics.rounding import round_to_element_, widen
@@ -54,14 +53,14 @@ def fake_quant_with_scale_gradient(x: Float[Tensor, "*batch n"], fmt: str | Bloc
     return quantized
 
 
-@kernel(native.quantized_values)
+@kernel
 def quantized_values(x: Float[Tensor, "*batch n"], fmt: BlockFormat) -> Float[Tensor, "*batch n"]:
     """The values of `fake_quant`, without gradient."""
     wide = widen(x)
     return quantize_with_scales(wide, choose_scales(wide, fmt), fmt).to(x.dtype)
 
 
-@kernel(native.scale_gradient)
+@kernel
 @torch.no_grad()
 def scale_gradient(
     gradient: Float[Tensor, "*batch n"],

@@ -1,18 +1,19 @@
 """Kernels: the reference arithmetic in one pass over memory, chosen by what there is.
 
-On a CPU `blocks.cpp` does the common formats in float32 and bfloat16 (`native`): written by hand, and held to the
-reference bit for bit by laws. Everything else is the reference itself, as it stands, through `torch.compile`: one
-arithmetic, fused into C++ on a CPU and Triton on a GPU. On a CPU that reaches a third of the speed of `blocks.cpp`, as
-it computes scales one at a time; hence the second one. Elementwise all keep IEEE semantics; only sums may be added up
-in another order. Small tensors go through the plain function, where starting a kernel costs more than it saves; so does
-everything on a machine without a compiler, and `status` says why.
+The common formats in float32 and bfloat16 have kernels written by hand and held to the reference bit for bit by laws:
+`blocks.cpp` on a CPU (`native`), `blocks_triton.py` on a GPU (`gpu`). Everything else (float64, NVFP4, "search") is the
+reference itself, as it stands, through `torch.compile`: one arithmetic, fused into C++ or Triton. On a CPU that reaches
+a third of the speed of `blocks.cpp`, as it computes scales one at a time; hence the second one. Elementwise all keep
+IEEE semantics; only sums may be added up in another order. Small tensors go through the plain function, where starting
+a kernel costs more than it saves; so does everything on a machine without a compiler, and `status` says why.
 """
 
 import functools
+import importlib.util
 import subprocess
 import warnings
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from latmix.numerics.formats import BlockFormat
 from latmix.numerics.scales import from_blocks, to_blocks
 
 SMALL = 1 << 12
-"""Elements from which `blocks.cpp` is used: below, its compilation would outlast all it is asked for."""
+"""Elements from which kernels by hand are used: below, their compilation would outlast all they are asked for."""
 LARGE = 1 << 16
 """Elements from which a compiled reference is used: about where one pass over memory outlasts starting it."""
 
@@ -33,32 +34,65 @@ _used: set[str] = set()
 _failures: dict[str, str] = {}
 
 
-def kernel(by_hand: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+@runtime_checkable
+class ByHand(Protocol):
+    """A module of kernels for one kind of device. They are given whole blocks, contiguous and on that device, and make
+    what the references of the same names make, in one pass; `rotated_values` and `codes` what `rotated_fake_quant` and
+    `encode` do; `pack` at 4 bits, for rows of even length."""
+
+    NAME: str
+
+    def quantized_values(self, x: Tensor, fmt: BlockFormat) -> Tensor: ...
+    def rotated_values(self, x: Tensor, fmt: BlockFormat) -> Tensor: ...
+    def codes(self, x: Tensor, scales: Tensor | None, fmt: BlockFormat) -> tuple[Tensor, Tensor]: ...
+    def pack(self, codes: Tensor) -> Tensor: ...
+    def scale_gradient(self, gradient: Tensor, x: Tensor, quantized: Tensor, fmt: BlockFormat) -> Tensor: ...
+    def round_columns(
+        self, weight: Tensor, wanted: Tensor, feedback: Tensor, scales: Tensor, error: Tensor, fmt: BlockFormat
+    ) -> bool: ...
+
+
+def by_hand(tensors: Sequence[Tensor], fmt: BlockFormat, scales_given: bool = False) -> ByHand | None:
+    """The kernels that compute functions of these tensors, which are of one shape, under this format."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    known = fmt.scale_element == "e8m0" if scales_given else fmt.scale in native.CARRIES
+    return on_device(tensors) if known and (dtypes == {torch.float32} or dtypes == {torch.bfloat16}) else None
+
+
+def on_device(tensors: Sequence[Tensor]) -> ByHand | None:
+    """The kernels by hand of the device that all these tensors are on."""
+    devices = {tensor.device.type for tensor in tensors}
+    if devices == {"cpu"}:
+        return native
+    if devices == {"cuda"} and importlib.util.find_spec("triton") is not None:
+        from latmix.numerics import gpu  # needs Triton, whose import takes a while
+
+        return gpu
+    return None
+
+
+def kernel(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorates `reference(*tensors, format)`, whose tensors are of one shape, in blocks along the last dimension.
 
-    Either kernel is given whole blocks, so that those of one format serve every shape: `by_hand(*tensors, format)`, and
-    the reference compiled, in some seconds for each format. `.reference` is the plain function.
+    Either kernel is given whole blocks, so that those of one format serve every shape: the one by hand of the same
+    name, and the reference compiled, in some seconds for each format. `.reference` is the plain function.
     """
+    recorded = _Recorded(reference)
 
-    def decorate(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        recorded = _Recorded(reference)
+    @functools.wraps(reference)
+    def call(*arguments: Tensor | BlockFormat) -> Tensor:
+        tensors, format = [each for each in arguments if isinstance(each, Tensor)], arguments[-1]
+        assert isinstance(format, BlockFormat)
+        kernels = by_hand(tensors, format)
+        if tensors[0].numel() < (SMALL if kernels else LARGE):
+            return reference(*arguments)
+        name, run = (kernels.NAME, getattr(kernels, reference.__name__)) if kernels else ("torch.compile", recorded)
+        blocks = [to_blocks(tensor.detach(), format.block).contiguous() for tensor in tensors]
+        out = attempt(name, run, *blocks, format)
+        return reference(*arguments) if out is None else from_blocks(out, tensors[0].shape[-1])
 
-        @functools.wraps(reference)
-        def call(*arguments: Tensor | BlockFormat) -> Tensor:
-            tensors, format = [each for each in arguments if isinstance(each, Tensor)], arguments[-1]
-            assert isinstance(format, BlockFormat)
-            name, run = ("C++", by_hand) if native.covers(tensors, format) else ("torch.compile", recorded)
-            least = SMALL if run is by_hand else LARGE
-            if tensors[0].numel() < least:
-                return reference(*arguments)
-            blocks = [to_blocks(tensor.detach(), format.block).contiguous() for tensor in tensors]
-            out = attempt(name, run, *blocks, format)
-            return reference(*arguments) if out is None else from_blocks(out, tensors[0].shape[-1])
-
-        call.reference = reference  # type: ignore[attr-defined]
-        return call
-
-    return decorate
+    call.reference = reference  # type: ignore[attr-defined]
+    return call
 
 
 class _Recorded:
@@ -101,7 +135,7 @@ def attempt(name: str, run: Callable[P, T], *arguments: P.args, **keywords: P.kw
 
 
 def status() -> str:
-    """What has computed so far ("C++, torch.compile"; "reference" if neither has), and what cannot, and why."""
+    """What has computed so far ("C++, torch.compile"; "reference" if nothing has), and what cannot, and why."""
     return "; ".join(
         [", ".join(sorted(_used)) or "reference", *(f"no {name}: {why}" for name, why in _failures.items())]
     )

@@ -1,4 +1,4 @@
-"""`blocks.cpp`, compiled when first needed: what it covers, and how tensors get there and back.
+"""`blocks.cpp`, compiled when first needed, and how tensors get there and back.
 
 The system's C++ compiler takes a second or two, once per process, for all formats: a format is a struct of constants
 (`Constants`), so nothing is compiled anew for another one. The library needs no headers of torch and is called through
@@ -10,7 +10,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latmix.numerics.formats import BlockFormat, Element
 
+NAME = "C++"
 SOURCE = Path(__file__).with_name("blocks.cpp")
 # No flag that changes a result: products and sums are not contracted, zeros keep their signs.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp")
@@ -52,13 +53,6 @@ class Constants(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("max", "smallest_normal", "step", "code_unit")),
         *((name, ctypes.c_int32) for name in ("away", "complement", "bits", "shift")),
     ]
-
-
-def covers(tensors: Sequence[Tensor], fmt: BlockFormat, scales_given: bool = False) -> bool:
-    """Whether `blocks.cpp` computes a function of these tensors; they are of one shape."""
-    dtypes = {tensor.dtype for tensor in tensors if tensor.device.type == "cpu"}
-    known = fmt.scale_element == "e8m0" if scales_given else fmt.scale in CARRIES
-    return known and (dtypes == {torch.float32} or dtypes == {torch.bfloat16})
 
 
 @functools.cache
@@ -111,6 +105,15 @@ def codes(x: Tensor, scales: Tensor | None, fmt: BlockFormat) -> tuple[Tensor, T
     given = None if scales is None else scales.float().contiguous()
     _call("latmix_codes", x, given, out, scale_bytes, fmt=fmt)
     return out, scale_bytes
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes of 4 bits, two to a byte; rows of an even number of them."""
+    out = codes.new_empty(*codes.shape[:-1], codes.shape[-1] // 2)
+    threads = min(torch.get_num_threads(), 1 + out.numel() // GRAIN)
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (codes, out))
+    library().latmix_pack(*pointers, ctypes.c_int64(out.numel()), threads)
+    return out
 
 
 def scale_gradient(gradient: Tensor, x: Tensor, quantized: Tensor, fmt: BlockFormat) -> Tensor:

@@ -5,10 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from latmix.errors import InputError
-from latmix.numerics import native
 from latmix.numerics.fakequant import quantized_values
 from latmix.numerics.formats import BlockFormat
-from latmix.numerics.kernels import attempt
+from latmix.numerics.kernels import attempt, by_hand
 from latmix.numerics.rounding import widen
 from latmix.numerics.scales import from_blocks, to_blocks
 
@@ -17,7 +16,7 @@ from latmix.numerics.scales import from_blocks, to_blocks
 def rotated_fake_quant(x: Float[Tensor, "*batch n"], fmt: BlockFormat) -> Float[Tensor, "*batch n"]:
     """The values of `fake_quant(rotate_blocks(x, fmt.block), fmt)`, bit for bit, in the dtype of `x`. No gradient.
 
-    A bfloat16 `x` is rounded once, after all. Cost: one pass over memory where `native.covers` it.
+    A bfloat16 `x` is rounded once, after all. Cost: one pass over memory where there is a kernel by hand.
 
     Raises:
         InputError: blocks that are no power of two, or do not divide n; another dtype than `fake_quant` takes.
@@ -25,10 +24,10 @@ def rotated_fake_quant(x: Float[Tensor, "*batch n"], fmt: BlockFormat) -> Float[
     wide = widen(x)
     if fmt.block & (fmt.block - 1) or x.shape[-1] % fmt.block:
         raise InputError(f"No Hadamard matrix for each block of {fmt.block} among {x.shape[-1]} numbers.")
-    if native.covers([x], fmt):
-        out = attempt("C++", native.rotated_values, x.contiguous(), fmt)
-        if out is not None:
-            return out
+    kernels = by_hand([x], fmt)
+    out = attempt(kernels.NAME, kernels.rotated_values, x.contiguous(), fmt) if kernels else None
+    if out is not None:
+        return out
     return quantized_values(rotate_blocks(wide, fmt.block), fmt).to(x.dtype)
 
 

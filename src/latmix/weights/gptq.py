@@ -7,14 +7,14 @@ QuIP 2307.13304, theorem 6): with H = N D Nᵀ, N unit upper triangular and D di
 
 so each q_i in turn rounds what stands in parentheses. That needs one factorization, no inverse, and W is never
 overwritten by accumulated updates: the sum over j is taken once, as a matmul over the earlier panels of columns, and
-column by column within the panel. Rows do not know of each other, so a CPU takes a few of them through a whole panel
-while their errors stay in its nearest cache (`round_columns`).
+column by column within the panel. Rows do not know of each other, so a kernel takes a few of them through a whole
+panel while their errors stay in the nearest memory (`round_columns`).
 
 Scales are fixed before the loop, from the original weight in its original order, so the order of processing does not
 touch the block structure and the result is a plain tensor of the format.
 
 Given up: scales that follow the updated columns (they would tie the order to the blocks), sharing one factor among
-weights that read the same input (it would save a few per cent), and a panel's columns in one kernel on a GPU.
+weights that read the same input (it would save a few per cent).
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ class GPTQ(WeightQuantizer):
     Raises:
         LatmixError: settings out of range; no Hessian, or one of another size, or not finite, or not positive definite
             at the damping limit; a weight that is not finite.
-    Cost: n³/3 + out·n²/2 multiply-adds; off the CPU, and for a float64 weight, n steps of about 20 small operations
-        besides. 16 n² bytes for the factor, which is taken in float64; three more copies of the
-        weight, in float32 (float64 for a float64 weight).
+    Cost: n³/3 + out·n²/2 multiply-adds; for a float64 weight n steps of about 20 small operations besides. 16 n² bytes
+        for the factor, which is taken in float64; three more copies of the weight, in float32 (float64 for a float64
+        weight).
     """
 
     act_order: bool = True
