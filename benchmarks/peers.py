@@ -1,7 +1,7 @@
 """Our baselines beside other tools' own code, on the model that ships with latmix: same calibration windows, same
 format, same evaluation.
 
-    pip install -e . llmcompressor==0.14.0.1 auto-round==0.15.1     (in an environment of its own)
+    pip install -e . llmcompressor==0.14.0.1 auto-round==0.15.1 amd-quark==0.13    (in an environment of its own)
     python benchmarks/peers.py --out docs/results/peers.md
 
 Every row is a process of its own, its scores kept in comparisons/peers: run it again after an interruption. A peer's
@@ -17,21 +17,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from torch import Tensor
+from peer_tools import Peer, auto_round, compressor, quark
 
 import latmix
 from latmix.assets import CALIBRATION, DEMO_MODEL, EVALUATION
 from latmix.data import calibration_windows, read_text, windows
 from latmix.eval import score
 from latmix.model.attach import attach
-from latmix.model.load import Loaded, load
+from latmix.model.load import load
 from latmix.model.maps import build_maps
 from latmix.numerics import parse_format
 from latmix.recipe import Recipe, override
@@ -39,56 +38,6 @@ from latmix.recipes import find
 
 KEPT = Path("comparisons/peers")
 INPUTS = ("qkv", "o", "gate_up", "down")
-Peer = Callable[[Loaded, Tensor], Any]
-
-
-def compressor(
-    *, gptq: bool = True, spinquant: dict[str, Any] | None = None, quip: dict[str, Any] | None = None
-) -> Peer:
-    """llm-compressor's modifiers, their defaults otherwise."""
-
-    def run(loaded: Loaded, taught: Tensor) -> Any:
-        import datasets
-        from llmcompressor import oneshot
-        from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
-        from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
-
-        quantizer = GPTQModifier if gptq else QuantizationModifier
-        steps = [SpinQuantModifier(**spinquant)] if spinquant else [QuIPModifier(**quip)] if quip else []
-        steps.append(quantizer(targets="Linear", scheme="MXFP4", ignore=["lm_head"]))
-        rows = {"input_ids": taught.tolist(), "attention_mask": torch.ones_like(taught).tolist()}
-        oneshot(
-            model=loaded.model,
-            dataset=datasets.Dataset.from_dict(rows),
-            recipe=steps,
-            num_calibration_samples=len(taught),
-            max_seq_length=taught.shape[1],
-        )
-        return loaded.model
-
-    return run
-
-
-def auto_round(iterations: int) -> Peer:
-    """AutoRound's signed gradient descent on rounding and ranges. 0: round to nearest, each weight scale the best of
-    floor's, its half and its double by squared error; activations always take floor scales."""
-
-    def run(loaded: Loaded, taught: Tensor) -> Any:
-        from auto_round import AutoRound
-
-        batches = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in taught]
-        tuner = AutoRound(
-            loaded.model,
-            loaded.tokenizer,
-            scheme="MXFP4",
-            iters=iterations,
-            dataset=batches,
-            seqlen=taught.shape[1],
-            nsamples=len(taught),
-        )
-        return tuner.quantize()[0]
-
-    return run
 
 
 def everywhere(transform: str) -> Recipe:
@@ -120,7 +69,7 @@ class Pair:
         return ("peer", "ours", "in place") if self.nearest else ("peer", "ours")
 
 
-LC, AR = "llm-compressor", "AutoRound"
+LC, AR, QUARK = "llm-compressor", "AutoRound", "Quark rotation R1 R2 R4"
 FLOOR = {"weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}
 SEARCHED = FLOOR | {"weights": "mxfp4:scale=search"}
 PAIRS = {
@@ -147,6 +96,8 @@ PAIRS = {
         compressor(quip={"rotations": ["v"], "transform_type": "hadamard", "transform_block_size": 32}),
         find("mr-gptq"),
     ),
+    "quark": Pair(f"{QUARK} (Hadamard), GPTQ", quark(None), find("quarot")),
+    "quark-32": Pair(f"{QUARK} in blocks of 32, GPTQ", quark(32), find("block-hadamard")),
     "auto-0": Pair(
         f"{AR}, 0 iterations",
         auto_round(0),
@@ -239,18 +190,22 @@ HEAD = """# Beside other tools
 
 Each row is another tool's own code and the recipe of latmix that does the same, on the model that ships with latmix:
 256 calibration windows of 256 tokens, MXFP4 weights and activations, KL to full precision and perplexity on the
-evaluation text of the package; seconds on a busy machine. "ours / theirs" is the ratio of KL, below one where ours is
-the better. Regenerate:
+evaluation text of the package; seconds on a busy machine, one seed. "ours / theirs" is the ratio of KL, below one where
+ours is the better. Regenerate:
 
     python benchmarks/peers.py --out docs/results/peers.md
 
-latmix moves every norm's gain into the linears that read it before anything is quantized; llm-compressor does that
-only under SpinQuant. That is all that distinguishes the first row: with the gains left in place latmix computes KL
-0.102963 and perplexity 26.253, llm-compressor's own figures to the last digit. It is all that
-puts QuIP ahead, too: with the gains left in place the same transforms give latmix KL 0.0720 and perplexity 25.456. The
-other rows differ in order, damping and scales of GPTQ, and in random signs. QuIP in blocks has no search for scales;
-`mr-gptq` has. AutoRound takes floor scales, and so do the recipes beside it; with 200 iterations it learns the
-rounding, which plain GPTQ does not.
+**Rounding to nearest is theirs exactly.** latmix moves every norm's gain into the linears that read it before anything
+is quantized; llm-compressor does so only under SpinQuant, AutoRound never. With the gains left in the norms the same
+formats give their figures (second row of each).
+
+**Why AutoRound with 0 iterations is ahead of floor scales:** it gives each block of a weight the best of floor's scale,
+its half and its double by squared error, without data, and floor scales to activations. That is `scale=search` here:
+`--set weights=mxfp4:scale=search --set activations=mxfp4:scale=floor`. Not one weight of the eight linears compared
+differed. `rtn` as it is takes EVEN scales on both sides, which makes more of a difference than that search does.
+
+The other rows differ in order, damping and scales of GPTQ, in random signs, and in the gains. QuIP in blocks has no
+search for scales; `mr-gptq` has. With 200 iterations AutoRound learns the rounding, which plain GPTQ does not.
 """
 
 if __name__ == "__main__":
