@@ -205,7 +205,14 @@ its half and its double by squared error, without data, and floor scales to acti
 differed. `rtn` as it is takes EVEN scales on both sides, which makes more of a difference than that search does.
 
 The other rows differ in order, damping and scales of GPTQ, in random signs, and in the gains. QuIP in blocks has no
-search for scales; `mr-gptq` has. With 200 iterations AutoRound learns the rounding, which plain GPTQ does not.
+search for scales; `mr-gptq` has.
+
+**AutoRound with 200 iterations is ahead of GPTQ at equal terms** (same format, nothing online): it learns the rounding,
+layer by layer. No baseline here does; `latmix-plus` learns codes end to end, with more besides, after a rotation.
+
+Not compared: SpinQuant with learned rotations, OSTQuant, FlatQuant, MR-GPTQ (FP-Quant), BRQ and WUSH as their authors
+wrote them, in repositories that no package index has. What stands for them above is what they share with others:
+Hadamard rotations folded and online (SpinQuant before it learns), a block-Hadamard at every input (MR-GPTQ).
 """
 
 if __name__ == "__main__":
