@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py [--recipes gptq …] [--out FILE]
 
-The model has random weights, two layers of width 512; whatever is measured of it is of no interest. Each run is a
+The model has random weights, two layers of width 1024; whatever is measured of it is of no interest. Each run is a
 `torchrun` of its own. The processes share one machine: on two cores, two is the most to be had.
 """
 
@@ -22,13 +22,13 @@ import transformers
 from latmix.assets import DEMO_MODEL
 from latmix.model.load import load_tokenizer
 
-WINDOWS = {"calibration.windows": "32", "calibration.window": "256", "calibration.held_out": "8"}
-STEPS = {"steps": "6", "batch": "8", "evaluate_every": "6"}
+WINDOWS = {"calibration.windows": "64", "calibration.window": "256", "calibration.held_out": "8"}
+FEW = {"calibration.windows": "16", "calibration.window": "256", "calibration.held_out": "8"}
+STEPS = {"steps": "4", "batch": "8", "evaluate_every": "4"}
 RECIPES = {
     "gptq": WINDOWS,
-    "quarot-rtn": WINDOWS | {"calibration.held_out": "0"},
-    "latmix-qr": WINDOWS | {f"learning.{key}": value for key, value in STEPS.items()},
-    "latmix-plus": WINDOWS | {f"tuning.{key}": value for key, value in STEPS.items()},
+    "latmix-qr": FEW | {f"learning.{key}": value for key, value in STEPS.items()},
+    "latmix-plus": FEW | {f"tuning.{key}": value for key, value in STEPS.items()},
 }
 STAGES = ("learn", "quantize", "fold", "measure", "tune")
 
@@ -36,7 +36,7 @@ STAGES = ("learn", "quantize", "fold", "measure", "tune")
 def make(path: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=2048, hidden_size=512, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=8,
+        vocab_size=2048, hidden_size=1024, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=16,
         num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=False,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
