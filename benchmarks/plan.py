@@ -38,7 +38,11 @@ SHAPES = {  # family, hidden, intermediate, layers, vocabulary
 SMALL = {"calibration.windows": "8", "calibration.held_out": "4", "calibration.window": "256"}
 LEARN = {"learning.steps": "1", "learning.batch": "4"}
 LAYERS = {"layerwise.epochs": "1"}
-TUNE = {"tuning.steps": "1", "tuning.batch": "4"}
+TUNE = {
+    "tuning.steps": "3",
+    "tuning.batch": "4",
+    "tuning.evaluate_every": "1",
+}  # Adam's moments are there from the second
 FITTED: list[tuple[str, str, dict[str, str]]] = [
     ("demo", "gptq", {"calibration.windows": "64"}),
     ("24M", "gptq", SMALL),
