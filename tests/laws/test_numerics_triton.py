@@ -66,7 +66,7 @@ def test_they_compile_for_hopper_and_blackwell_to_ieee_arithmetic(
         }
         given = dict(zip(kernel.arg_names, arguments, strict=False))
         kinds = {name: POINTERS[a.dtype] for name, a in given.items() if isinstance(a, Tensor)}
-        numbers = {"blocks": "i32", "columns": "i32", "rows": "i32", "count": "i32", "norm": "fp32"}
+        numbers = {"blocks": "i32", "rows": "i32", "count": "i32", "norm": "fp32"}
         kinds |= {name: kind for name, kind in numbers.items() if name in kernel.arg_names}
         signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature, {n: constants[n] for n in signature if n not in kinds})

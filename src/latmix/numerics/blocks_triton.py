@@ -162,17 +162,17 @@ def scale_gradient(g, x, q, out, blocks, BLOCK: constexpr, WIDTH: constexpr, ROW
 @triton.jit
 @no_type_check
 def round_columns(
-    weight, wanted, feedback, scales, error, values, columns, rows,
+    weight, wanted, feedback, scales, error, values, rows,
     MAX: constexpr, LOWEST: constexpr, MANTISSA: constexpr, AWAY: constexpr, COMPLEMENT: constexpr,
-    WIDTH: constexpr, STRIP: constexpr,
+    COLUMNS: constexpr, WIDTH: constexpr, STRIP: constexpr,
 ):  # fmt: skip
     """A strip of rows through all columns; their errors stay in registers."""
     at = tl.program_id(0).to(tl.int64) * STRIP + tl.arange(0, STRIP)
     column = tl.arange(0, WIDTH)[:, None]
     inside = at < rows
     errors = tl.zeros((WIDTH, STRIP), tl.float32)
-    for c in range(columns):
-        weights = tl.load(feedback + c * columns + column, column < c, 0.0)
+    for c in range(COLUMNS):
+        weights = tl.load(feedback + c * COLUMNS + column, column < c, 0.0)
         target = tl.load(wanted + at, inside, 0.0) + tl.sum(weights * errors, 0)
         scale = tl.load(scales + at, inside, 1.0)
         y = tl.div_rn(target, scale)

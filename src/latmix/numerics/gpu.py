@@ -65,8 +65,9 @@ def round_columns(
     (columns, rows), values = weight.shape, torch.empty_like(weight)  # apart: threads share what they read
     width = triton.next_power_of_2(columns)
     strip = max(1, 2 * TILE // width)
-    arguments = (weight, wanted, feedback, scales, error, values, columns, rows)
-    _run(blocks_triton.round_columns, triton.cdiv(rows, strip), *arguments, WIDTH=width, STRIP=strip, **_element(fmt))
+    constants = _element(fmt) | {"COLUMNS": columns, "WIDTH": width, "STRIP": strip}
+    arguments = (weight, wanted, feedback, scales, error, values, rows)
+    _run(blocks_triton.round_columns, triton.cdiv(rows, strip), *arguments, **constants)
     weight.copy_(values)
     return True
 
