@@ -16,7 +16,7 @@ from latmix.archs import ARCHS
 from latmix.convert import Conversion, Task
 from latmix.errors import FailedError, InputError
 from latmix.model import calibrate, fold_linear, maps, states
-from latmix.model.calibrate import quantize_layer
+from latmix.model.calibrate import Moments, quantize_layer
 from latmix.model.fold import absorb_layer
 from latmix.model.maps import build_maps, reports
 from latmix.model.parts import layers
@@ -171,16 +171,16 @@ def test_more_damping_and_dead_inputs_are_noted_by_linear() -> None:
     layer = layers(tiny("llama"), LLAMA)[0]
     absorb_layer(layer, LLAMA)
 
-    def moment(spot: object) -> torch.Tensor:
+    def moments(spot: object) -> Moments:
         size = 96 if spot.name == "down" else 64  # type: ignore[attr-defined]
         found = torch.eye(size)
         if spot.name == "o":  # type: ignore[attr-defined]
             found[0, 1] = found[1, 0] = 1.02  # no mean of squares: an eigenvalue of -0.02
         if spot.name == "down":  # type: ignore[attr-defined]
             found[5] = found[:, 5] = 0.0
-        return found
+        return Moments(found, None)
 
-    found = quantize_layer(layer, LLAMA, parse_quantizer("gptq"), FORMAT, moment)
+    found = quantize_layer(layer, LLAMA, parse_quantizer("gptq"), FORMAT, moments)
     assert found.damping == {"self_attn.o_proj": pytest.approx(0.1)}
     assert found.dead == {"mlp.down_proj": 1}
     assert str(MoreDamping(0.1)) == "The Hessian needed damping 0.1 to be positive definite."
@@ -240,3 +240,22 @@ def test_a_factor_that_threads_share_changes_next_to_no_code() -> None:
     finally:
         torch.set_num_threads(before)
     assert int((codes[0] != codes[1]).sum()) <= weight.numel() // 10_000
+
+
+def test_gptaq_sees_what_the_original_reads_in_the_basis_of_the_readers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is rounded both see the same: the cross moment is the Hessian, whatever the maps."""
+    seen: list[Moments] = []
+
+    def noted(layer: object, arch: object, quantizer: object, format: object, moments: Callable[..., Moments]) -> None:
+        seen.extend(moments(spot) for spot in LLAMA.inputs)
+        raise FailedError("enough")
+
+    monkeypatch.setattr(convert, "quantize_layer", noted)
+    with pytest.raises(FailedError, match="enough"):
+        quantize(model, tmp_path / "run", "latmix-lu", quantizer="gptaq", activations="none", weights="mxint8")
+    assert len(seen) == len(LLAMA.inputs)
+    for each in seen:
+        assert each.cross is not None
+        torch.testing.assert_close(each.cross, each.hessian, rtol=1e-3, atol=1e-3 * float(each.hessian.abs().max()))

@@ -21,18 +21,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from latmix import ranks
 from latmix.archs import Input
 from latmix.errors import LatmixError
 from latmix.eval.heldout import HeldOut, Measured
 from latmix.model import checkpoint
+from latmix.model.attach import linear_maps
 from latmix.model.calibrate import (
     Calibrated,
+    Moments,
+    entering,
     forward,
     layer_arguments,
-    moment,
+    moments,
     quantize_layer,
     quantize_readers,
 )
@@ -69,7 +72,8 @@ class Conversion:
     """The pass. `shards`: where the quantized files go; `work`: what only the pass needs.
 
     Cost: one layer in float32 and a few copies of one of its linears in memory; on disk 4 bytes for each hidden value
-    of the calibration windows, if the quantizer needs them, and three times that for the held-out ones.
+    of the calibration windows, if the quantizer needs them, and three times that for the held-out ones. A quantizer
+    that aims at the original's outputs needs the original layer beside the folded one, and its hidden values.
     """
 
     def __init__(self, task: Task, shards: Path, work: Path, stages: Stages) -> None:
@@ -79,7 +83,9 @@ class Conversion:
         self.layers = layers(self.model, self.arch)
         self.arguments = layer_arguments(self.model, self.arch, task.taught.shape[1])
         self.held_out = HeldOut(self.source, self.maps, task.held_out, work, self.arguments)
-        self.taught = States(work, "taught", task.taught.shape, self.source.config.hidden_size, shared=True)
+        shape, width = task.taught.shape, self.source.config.hidden_size
+        self.taught = States(work, "taught", shape, width, shared=True)
+        self.untouched = States(work, "untouched", shape, width, shared=True)  # the same windows, in the original
 
     @torch.no_grad()
     def run(self, progress: Progress) -> None:
@@ -95,6 +101,7 @@ class Conversion:
                     self._layer(index) if self._computes else self._linears(index)
                 self.held_out.drop(index)
                 self.taught.drop(index)
+                self.untouched.drop(index)
                 self.stages.save()
                 progress.advance(f"layer {index}")
             ranks.wait()
@@ -137,6 +144,7 @@ class Conversion:
             absorb_layer(layer, self.arch)
         with stage("measure"):
             errors = self.held_out.original(layer, index, task.activations)
+            original = copy.deepcopy(layer) if task.quantizer.needs_cross else None
         with stage("fold"):
             fold_layer(layer, self.arch, self.wide, index, **self._place(index))
         with stage("measure"):
@@ -147,9 +155,12 @@ class Conversion:
             checkpoint.round_kept(layer, self.arch.linears)
             inputs = quantize_layer_inputs(layer, self.arch, self.maps, index, task.activations)
             with _named(path):
-                found = quantize_layer(layer, self.arch, task.quantizer, task.weights, self._moment(index))
+                found = quantize_layer(layer, self.arch, task.quantizer, task.weights, self._moments(index, original))
             if task.quantizer.needs_hessian:
                 self.taught.put(index + 1, forward(layer, self.arguments[index], self.taught.at(index)))
+            if original is not None:
+                self.untouched.put(index + 1, forward(original, self.arguments[index], self.untouched.at(index)))
+                del original
         with stage("measure"):
             self.held_out.quantized(layer, index)
             inputs.remove()
@@ -207,11 +218,28 @@ class Conversion:
         if self.task.quantizer.needs_hessian:
             table = embedding.tensor(f"{self.arch.embedding}.weight")
             self.taught.put(0, embedded(table, self.task.taught[self.taught.share]))
+        if self.task.quantizer.needs_cross:
+            table = self.source.tensors.tensor(f"{self.arch.embedding}.weight")
+            self.untouched.put(0, embedded(table, self.task.taught[self.untouched.share]))
 
-    def _moment(self, index: int) -> Callable[[Input], Float[Tensor, "n n"]] | None:
+    def _moments(self, index: int, original: nn.Module | None) -> Callable[[Input], Moments] | None:
+        """original: the layer unfolded, unquantized, its gains absorbed; None where no quantizer aims at it."""
         if not self.task.quantizer.needs_hessian:
             return None
-        return lambda spot: moment(self.layers[index], self.arguments[index], self.taught.at(index), spot)
+        layer, arguments = self.layers[index], self.arguments[index]
+
+        def seen(spot: Input) -> Moments:
+            aims = None if original is None else self._aims(original, index, spot)
+            return moments(layer, arguments, self.taught.at(index), spot, aims)
+
+        return seen
+
+    def _aims(self, original: nn.Module, index: int, spot: Input) -> Iterator[Float[Tensor, "tokens n"]]:
+        """What the original reads at an input, in the basis of the layer's readers."""
+        heads = self.source.config.num_key_value_heads
+        map, _ = linear_maps(self.arch, self.maps, original, spot.readers[0], index, heads)
+        for y in entering(original, self.arguments[index], self.untouched.at(index), spot):
+            yield y if map is None else map(y)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from latmix.numerics import (
     round_columns,
 )
 from latmix.numerics.columns import one_by_one
-from latmix.weights import GPTQ, RTN, WEIGHT_QUANTIZERS, WeightQuantizer, parse_quantizer, proxy_loss
+from latmix.weights import GPTAQ, GPTQ, RTN, WEIGHT_QUANTIZERS, WeightQuantizer, parse_quantizer, proxy_loss
 
 QUANTIZERS = [WEIGHT_QUANTIZERS[name]() for name in WEIGHT_QUANTIZERS] + [GPTQ(act_order=False, columns=5)]
 VARIANTS = ["mxfp4:scale=even", "mxfp4:scale=search", "mxint4:scale=search,block=16", "nvfp4:scale=search"]
@@ -90,7 +90,7 @@ def test_gptq_loses_less_than_rounding(fmt: BlockFormat, act_order: bool) -> Non
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 def test_codes_are_of_the_format(quantizer: WeightQuantizer, fmt: BlockFormat, dtype: torch.dtype) -> None:
     weight = gaussian(6, 76).to(dtype)
-    quantized = quantizer(weight, hessian_of(76), fmt)
+    quantized = quantizer(weight, hessian_of(76), fmt, None, hessian_of(76))
     assert quantized.codes.shape == weight.shape and quantized.format == fmt
     assert quantized.scales.shape == (6, -(-76 // fmt.block))
     assert decode(quantized).dtype == dtype and decode(quantized).isfinite().all()
@@ -100,7 +100,7 @@ def test_codes_are_of_the_format(quantizer: WeightQuantizer, fmt: BlockFormat, d
 
 
 @pytest.mark.parametrize("fmt", [MXFP4, FORMATS["mxint8"]], ids=str)
-@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("quantizer", [each for each in QUANTIZERS if not each.needs_cross], ids=str)
 def test_what_is_on_the_grid_stays(quantizer: WeightQuantizer, fmt: BlockFormat) -> None:
     first = encode(gaussian(8, 76), fmt)
     again = quantizer(decode(first), hessian_of(76), fmt)
@@ -110,9 +110,9 @@ def test_what_is_on_the_grid_stays(quantizer: WeightQuantizer, fmt: BlockFormat)
 @pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
 def test_rows_are_independent_and_runs_repeat(quantizer: WeightQuantizer) -> None:
     weight, hessian, order = gaussian(16, 172), hessian_of(172), gaussian(16, seed=4).argsort()
-    quantized = quantizer(weight, hessian, MXFP4)
-    assert same(quantizer(weight, hessian, MXFP4), quantized)
-    assert torch.equal(quantizer(weight[order], hessian, MXFP4).codes, quantized.codes[order])
+    quantized = quantizer(weight, hessian, MXFP4, None, hessian)
+    assert same(quantizer(weight, hessian, MXFP4, None, hessian), quantized)
+    assert torch.equal(quantizer(weight[order], hessian, MXFP4, None, hessian).codes, quantized.codes[order])
 
 
 @pytest.mark.parametrize("fmt", FORMAT_LIST, ids=str)
@@ -193,6 +193,38 @@ def test_an_indefinite_hessian_is_damped_aloud() -> None:
     assert same(quantized, GPTQ(damping=0.1)(weight, hessian, MXFP4))
 
 
+def originals(x: Tensor) -> Tensor:
+    """What x is a noisy and shrunk copy of."""
+    return 1.1 * x + gaussian(*x.shape, seed=5)
+
+
+def test_gptaq_with_the_originals_inputs_is_gptq() -> None:
+    weight, hessian = gaussian(16, 76), hessian_of(76)
+    assert same(GPTAQ()(weight, hessian, MXFP4, None, hessian), GPTQ()(weight, hessian, MXFP4))
+
+
+def test_gptaq_aims_at_the_weight_whose_outputs_are_nearest_to_the_originals() -> None:
+    weight, x = gaussian(8, 76), tokens(76, 400)
+    y, hessian = originals(x), torch.matmul(x.T, x / len(x))
+    quantizer = GPTAQ(damping=0.02)
+    aimed = quantizer.aimed(weight, hessian, torch.matmul(y.T, x / len(x))).requires_grad_()
+    away = (torch.matmul(x, aimed.T) - torch.matmul(y, weight.T)).square().sum() / len(x)
+    pulled = away + 0.02 * hessian.diagonal().mean() * (aimed - weight).square().sum()
+    (gradient,) = torch.autograd.grad(pulled, aimed)
+    assert gradient.abs().max() < 1e-9 * hessian.abs().max()
+
+
+def test_gptaq_is_nearer_to_the_originals_outputs() -> None:
+    weight, x = gaussian(16, 76), tokens(76, 400)
+    y, hessian = originals(x), torch.matmul(x.T, x / len(x))
+
+    def away(quantized: Quantized) -> float:
+        return float((torch.matmul(x, decode(quantized).T) - torch.matmul(y, weight.T)).square().sum())
+
+    aimed = GPTAQ()(weight, hessian, MXFP4, None, torch.matmul(y.T, x / len(x)))
+    assert away(aimed) < 0.8 * away(GPTQ()(weight, hessian, MXFP4))
+
+
 def test_refusals() -> None:
     weight, hessian = gaussian(8, 76), hessian_of(76)
     spoiled, hole = hessian.clone().fill_diagonal_(torch.nan), weight.clone().fill_diagonal_(torch.inf)
@@ -206,13 +238,17 @@ def test_refusals() -> None:
             GPTQ()(bad_weight, bad_hessian, MXFP4)
     with pytest.raises((LatmixError, TypeCheckError)):  # the import hook sees the shapes first
         GPTQ()(weight, hessian[1:, 1:], MXFP4)
+    with pytest.raises(LatmixError, match="gptaq needs the Hessian of the weight's inputs and the cross moment"):
+        GPTAQ()(weight, hessian, MXFP4)
+    with pytest.raises(LatmixError, match="gptaq: the cross moment holds NaN"):
+        GPTAQ()(weight, hessian, MXFP4, None, spoiled)
 
 
 def test_quantizers_are_read_from_text() -> None:
     assert parse_quantizer("rtn") == RTN() and parse_quantizer("gptq") == GPTQ()
     assert parse_quantizer("gptq:damping=0.05,act_order=false,columns=64") == GPTQ(False, 0.05, columns=64)
     for text, message in (
-        ("awq", "known: rtn, gptq|known: gptq, rtn"),
+        ("awq", "known: gptq, gptaq, rtn"),
         ("gptq:block=3", "unknown setting 'block'; known: act_order, damping, search, columns"),
         ("rtn:damping=1", "known: none"),
         ("gptq:act_order=1", "true or false"),

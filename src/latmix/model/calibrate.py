@@ -9,6 +9,7 @@ Given up: layers whose keyword arguments depend on the data.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -31,6 +32,15 @@ Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Of what enters the readers of an input, x. Attributes: hessian: mean of x xᵀ. cross: mean of y xᵀ, y what the
+    original reads in the same place; None where no quantizer needs it."""
+
+    hessian: Float[Tensor, "n n"]
+    cross: Float[Tensor, "n n"] | None
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """Attributes:
     quantized: linear → codes and scales.
@@ -49,19 +59,19 @@ def quantize_layer(
     arch: Arch,
     quantizer: WeightQuantizer,
     format: BlockFormat,
-    moment: Callable[[Input], Float[Tensor, "n n"]] | None,
+    moments: Callable[[Input], Moments] | None,
 ) -> Calibrated:
     """Put the quantized values into the weight of every linear of a layer; ranks share the linears of an input.
 
-    moment: mean of x xᵀ at an input of the layer as it is now; None for quantizers that need none.
+    moments: of an input of the layer as it is now; None for quantizers that need none.
 
     Raises: LatmixError: a weight quantizer failed; names the linear.
     """
     found = Calibrated({}, {}, {})
     for spot in arch.inputs:
-        hessian = None if moment is None else moment(spot)
-        dead = 0 if hessian is None else int((hessian.diagonal() == 0).sum())
-        quantize_readers(layer, spot.readers, quantizer, format, hessian, found, shared=True)
+        seen = None if moments is None else moments(spot)
+        dead = 0 if seen is None else int((seen.hessian.diagonal() == 0).sum())
+        quantize_readers(layer, spot.readers, quantizer, format, seen, found, shared=True)
         for name in spot.readers:
             if dead:
                 found.dead[name] = dead
@@ -74,7 +84,7 @@ def quantize_readers(
     names: Iterable[str],
     quantizer: WeightQuantizer,
     format: BlockFormat,
-    hessian: Float[Tensor, "n n"] | None,
+    seen: Moments | None,
     found: Calibrated,
     *,
     shared: bool = False,
@@ -87,12 +97,13 @@ def quantize_readers(
     """
     weights = {name: linear(layer, name).weight for name in names}
     tensor_scale = shared_scale(list(weights.values()), format)
+    hessian, cross = (None, None) if seen is None else (seen.hessian, seen.cross)
 
     def quantized(name: str) -> tuple[Quantized, float | None]:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", MoreDamping)
-                made = quantizer(weights[name], hessian, format, tensor_scale)
+                made = quantizer(weights[name], hessian, format, tensor_scale, cross)
         except LatmixError as error:
             raise type(error)(f"{name}: {error}") from error
         more = [warning.message.damping for warning in caught if isinstance(warning.message, MoreDamping)]
@@ -126,27 +137,51 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def moment(layer: nn.Module, arguments: Arguments, batches: Iterable[Tensor], spot: Input) -> Float[Tensor, "n n"]:
-    """Mean of x xᵀ over all tokens at that input, over the batches of all ranks: float32 products, added up in float64,
-    where the order of the ranks' sums does not show."""
-    reader = linear(layer, spot.readers[0])
-    total = torch.zeros(reader.in_features, reader.in_features, dtype=torch.float64, device=reader.weight.device)
-    tokens = torch.zeros((), dtype=torch.int64, device=total.device)
+def moments(
+    layer: nn.Module,
+    arguments: Arguments,
+    batches: Iterable[Tensor],
+    spot: Input,
+    originals: Iterable[Float[Tensor, "tokens n"]] | None = None,
+) -> Moments:
+    """Of all tokens at that input, over the batches of all ranks: float32 products, added up in float64, where the
+    order of the ranks' sums does not show.
 
-    def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].flatten(0, -2).float()
-        total.add_(x.T @ x)
+    originals: what the original reads there, in the layer's basis, batch by batch; None: no cross moment.
+    """
+    reader = linear(layer, spot.readers[0])
+    hessian = torch.zeros(reader.in_features, reader.in_features, dtype=torch.float64, device=reader.weight.device)
+    cross, tokens = torch.zeros_like(hessian), torch.zeros((), dtype=torch.int64, device=hessian.device)
+    nothing: Tensor | None = None
+    aims = repeat(nothing) if originals is None else originals
+    for x, y in zip(entering(layer, arguments, batches, spot), aims, strict=False):
+        hessian.add_(x.T @ x)
         tokens.add_(len(x))
+        if y is not None:
+            cross.add_(y.T @ x)
+    ranks.add_up(hessian, cross, tokens)
+    return Moments(hessian.div_(tokens).float(), None if originals is None else cross.div_(tokens).float())
+
+
+@torch.no_grad()
+def entering(
+    layer: nn.Module, arguments: Arguments, batches: Iterable[Tensor], spot: Input
+) -> Iterator[Float[Tensor, "tokens n"]]:
+    """What enters the readers of that input, batch by batch. Cost: a forward of the layer as far as that."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args[0].flatten(0, -2).float())
         raise _Reached
 
-    hook = reader.register_forward_pre_hook(collect)
+    hook = linear(layer, spot.readers[0]).register_forward_pre_hook(catch)
     try:
-        for _ in forward(layer, arguments, batches):
-            pass
+        for batch in batches:
+            for _ in forward(layer, arguments, [batch]):
+                pass
+            yield caught.pop()
     finally:
         hook.remove()
-    ranks.add_up(total, tokens)
-    return total.div_(tokens).float()
 
 
 @torch.no_grad()
@@ -175,7 +210,7 @@ class Stream:
         self.hidden = [embed(batch.to(model.device)) for batch in windows.split(BATCH)]
 
     def hessian(self, index: int, spot: Input) -> Float[Tensor, "n n"]:
-        return moment(self.layers[index], self.arguments[index], self.hidden, spot)
+        return moments(self.layers[index], self.arguments[index], self.hidden, spot).hessian
 
     def advance(self, index: int) -> None:
         self.hidden = list(forward(self.layers[index], self.arguments[index], self.hidden))

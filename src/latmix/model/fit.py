@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latmix.archs import Arch, Input
 from latmix.errors import InputError
-from latmix.model.calibrate import forward, layer_arguments, moment
+from latmix.model.calibrate import forward, layer_arguments, moments
 from latmix.model.fold import absorb_layer
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear
@@ -70,8 +70,8 @@ def fit_maps(source: Source, maps: Maps, taught: Int[Tensor, "learn window"], wo
     for index, layer in enumerate(layers(model, source.arch)):
         with source.filled(layer, f"{source.arch.layers}.{index}"):
             absorb_layer(layer, source.arch)
-            seen = partial(moment, layer, arguments[index])
-            fit(maps, source.arch, index, layer, lambda spot: seen(states.at(index), spot))  # noqa: B023
+            seen = partial(moments, layer, arguments[index])
+            fit(maps, source.arch, index, layer, lambda spot: seen(states.at(index), spot).hessian)  # noqa: B023
             states.put(index + 1, forward(layer, arguments[index], states.at(index)))
         states.drop(index)
         progress.advance(f"layer {index}")

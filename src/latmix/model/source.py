@@ -6,6 +6,7 @@ tensor is checked on opening; numbers are checked when they are read. Remote cod
 (pass a local folder), and checkpoints that are quantized already.
 """
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -139,10 +140,12 @@ def open_source(path: Path | str) -> Source:
 
 
 def skeleton(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model in evaluation mode, its parameters on the meta device; tables that are computed are there.
+    """The model in evaluation mode, its parameters on the meta device; tables that are computed are there. Its config
+    is its own: absorbing gains unties the head.
 
     Raises: DamagedError: a config that makes no model.
     """
+    config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(

@@ -3,6 +3,9 @@
 It knows no model and no hooks. The layer's loss is quadratic in the weight: with inputs x and ΔW = W − Ŵ the mean of
 ‖ΔW x‖² is tr(ΔW H ΔWᵀ), H = mean of x xᵀ. Half of the true second derivative, but no quantizer sees the factor.
 
+The quantized model's inputs x are not what the original reads in their place, y: with C = mean of y xᵀ, a quantizer can
+also aim at the original's outputs W y.
+
 Given up: quantizers that couple several weights, and losses that look past the layer.
 """
 
@@ -25,9 +28,11 @@ class WeightQuantizer(ABC):
 
     Attributes:
         needs_hessian: False for data-free quantizers; they take a Hessian all the same, and ignore it.
+        needs_cross: whether they need the cross moment; those that do not take none.
     """
 
     needs_hessian: ClassVar[bool]
+    needs_cross: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(
@@ -36,12 +41,14 @@ class WeightQuantizer(ABC):
         hessian: Float[Tensor, "n n"] | None,
         format: BlockFormat,
         tensor_scale: Float[Tensor, ""] | None = None,
+        cross: Float[Tensor, "n n"] | None = None,
     ) -> Quantized:
         """Codes and scales for `weight`, in blocks along n; `decode` returns them in the weight's dtype.
 
         Args:
             hessian: mean of x xᵀ over the calibration tokens; float32 or float64.
             tensor_scale: of formats that have one, where several weights share it; by default this weight's own.
+            cross: mean of y xᵀ over the same tokens.
 
         Raises:
             LatmixError: a Hessian or weight that it cannot work with.

@@ -76,17 +76,20 @@ class GPTQ(WeightQuantizer):
         hessian: Float[Tensor, "n n"] | None,
         format: BlockFormat,
         tensor_scale: Float[Tensor, ""] | None = None,
+        cross: Float[Tensor, "n n"] | None = None,
     ) -> Quantized:
         if hessian is None:
             raise InputError("gptq needs the Hessian of the weight's inputs; rtn needs none.")
         wide, hessian = widen(weight), hessian.to(weight.device)
-        _check(wide, hessian)
+        check_moment("gptq", "Hessian", hessian, wide.shape[-1])
+        if not _finite(wide):
+            raise FailedError("gptq: the weight holds NaN or Inf.")
         diagonal = hessian.diagonal()
         tensor_scale = choose_tensor_scale(wide, format) if tensor_scale is None else tensor_scale
         if self.search:
             scales = choose_scales(wide, dataclasses.replace(format, scale="search"), None, tensor_scale)
         else:
-            scales = choose_scales(wide, format, diagonal + self.damping * _unit(diagonal), tensor_scale)
+            scales = choose_scales(wide, format, diagonal + self.damping * mean_diagonal(diagonal), tensor_scale)
         order = torch.arange(len(diagonal), device=weight.device)
         if self.act_order:
             order = diagonal.argsort(descending=True, stable=True)
@@ -95,14 +98,12 @@ class GPTQ(WeightQuantizer):
         return dataclasses.replace(encode(values, format, scales, tensor_scale), dtype=weight.dtype)
 
 
-def _check(weight: Tensor, hessian: Tensor) -> None:
-    n = weight.shape[-1]
-    if hessian.shape != (n, n):
-        raise InputError(f"gptq: the Hessian is {tuple(hessian.shape)}; a weight of {n} inputs needs ({n}, {n}).")
-    if not _finite(hessian):
-        raise FailedError("gptq: the Hessian holds NaN or Inf; the calibration activations overflowed.")
-    if not _finite(weight):
-        raise FailedError("gptq: the weight holds NaN or Inf.")
+def check_moment(quantizer: str, name: str, moment: Tensor, n: int) -> None:
+    """Raises: LatmixError: it is not of n inputs, or not finite."""
+    if moment.shape != (n, n):
+        raise InputError(f"{quantizer}: the {name} is {tuple(moment.shape)}; a weight of {n} inputs needs ({n}, {n}).")
+    if not _finite(moment):
+        raise FailedError(f"{quantizer}: the {name} holds NaN or Inf; the calibration activations overflowed.")
 
 
 def _finite(matrix: Tensor) -> bool:
@@ -110,7 +111,7 @@ def _finite(matrix: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(matrix)).isfinite().all())
 
 
-def _unit(diagonal: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+def mean_diagonal(diagonal: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     """What damping is measured in: the mean of the diagonal; 1 if no input was ever active."""
     mean = diagonal.double().mean()
     return torch.where(mean == 0, torch.ones_like(mean), mean)
@@ -120,7 +121,7 @@ def _factor(hessian: Float[Tensor, "n n"], order: Int[Tensor, " n"], damping: fl
     """L of H = L Lᵀ, the last column to be processed first: read forwards again, the N of H = N D Nᵀ, but for D."""
     last_first = order.flip(0)
     damped = hessian.index_select(0, last_first).index_select(1, last_first).double()  # faster than both at once
-    diagonal, unit, grown = damped.diagonal().clone(), _unit(damped.diagonal()), damping
+    diagonal, unit, grown = damped.diagonal().clone(), mean_diagonal(damped.diagonal()), damping
     while grown <= DAMPING_LIMIT:
         damped.diagonal().copy_(diagonal + grown * unit)
         factor, failed = torch.linalg.cholesky_ex(damped)

@@ -34,6 +34,7 @@ class RTN(WeightQuantizer):
         hessian: Float[Tensor, "n n"] | None,
         format: BlockFormat,
         tensor_scale: Float[Tensor, ""] | None = None,
+        cross: Float[Tensor, "n n"] | None = None,
     ) -> Quantized:
         if tensor_scale is None:
             tensor_scale = choose_tensor_scale(weight, format)
