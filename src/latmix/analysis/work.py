@@ -22,6 +22,7 @@ from latmix.model.calibrate import BATCH
 from latmix.model.tensors import PIECE
 from latmix.recipe import Distillation, Layerwise, Recipe
 from latmix.registry import parse_spec
+from latmix.weights import parse_quantizer
 
 KEPT, FULL = 2, 4  # bytes: bfloat16 on disk, float32 at work
 WARM = 130 * 2**20  # tokenizer, text, kernels, first forward: measured on the demo model
@@ -34,6 +35,7 @@ SCORED, LEARNED = (
 )  # tensors of the size of the logits at once: measured, learned from
 SLOWER, START = 2, 6.0  # rounding, attention and small operations take as long as the products; seconds of imports
 HESSIAN = 20  # bytes for each of its numbers: H in float32, damped and its factor in float64
+AIMED = 20  # the same of a cross moment: C in float32, H and C in float64 (not measured)
 ROUNDED = 7  # float32 copies of a linear while it is folded or rounded
 
 
@@ -91,12 +93,13 @@ def work(sizes: Sizes, recipe: Recipe) -> Work:
 
 def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes beyond what Python takes, and multiply-adds times two, of the stages that hold one layer."""
-    window, calibrated = min(recipe.calibration.window, s.longest), recipe.quantizer.startswith("gptq")
+    window, quantizer = min(recipe.calibration.window, s.longest), parse_quantizer(recipe.quantizer)
+    calibrated, aims = quantizer.needs_hessian, quantizer.needs_cross
     fits = any(parse_spec(spec)[0] == "wush" for spec in recipe.online.values())
     tokens, seen = recipe.calibration.windows * window, recipe.calibration.held_out * window
     batch = min(BATCH, recipe.calibration.windows) * window * FULL * (WIDTHS * s.hidden + FFN * s.intermediate)
-    layer = (FULL + 1) * s.linears // s.layers  # float32, and a byte for every code
-    rounding = max(ROUNDED * FULL * s.largest, HESSIAN * s.widest**2 if calibrated else 0)
+    layer = (FULL + 1 + FULL * aims) * s.linears // s.layers  # float32, a byte for every code, perhaps the original
+    rounding = max(ROUNDED * FULL * s.largest, (HESSIAN + AIMED * aims) * s.widest**2 if calibrated else 0)
     scored = min(BATCH, recipe.calibration.held_out) * window  # tokens whose logits live at once
     piece, logits = min(s.table, PIECE), FULL * min(LOGITS, scored * s.vocabulary)
     left = (batch + 4 * FULL * s.widest**2) if fits else 0  # a heap keeps what fitting took
@@ -105,8 +108,10 @@ def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, int], dict[str, int
         "quantize": left + layer + batch + rounding,
         "measure": left + batch + heads + int(SCORED * logits),
     }
-    hessians = s.linears * (2 * tokens + 3 * s.widest) if calibrated else 0
-    forwards = 2 * s.linears * (3 * tokens * calibrated + 3 * seen)  # an input at a time comes to three whole ones
+    hessians = (1 + aims) * s.linears * (2 * tokens + 3 * s.widest) if calibrated else 0
+    forwards = (
+        2 * s.linears * (3 * tokens * (calibrated + aims) + 3 * seen)
+    )  # an input at a time comes to three whole ones
     return peak, {"quantize": hessians + forwards, "measure": 2 * 3 * s.table * seen}
 
 
