@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix.archs import ARCHS, Arch
-from latmix.model.calibrate import quantize_layer
 from latmix.model.free import Filled, Free, free
 from latmix.model.parts import layers
+from latmix.model.quantize import quantize_layer
 from latmix.numerics import BlockFormat, Quantized
 from latmix.recipe import Tuning
 from latmix.weights import parse_quantizer

@@ -16,10 +16,11 @@ from latmix.archs import ARCHS
 from latmix.convert import Conversion, Task
 from latmix.errors import FailedError, InputError
 from latmix.model import calibrate, fold_linear, maps, states
-from latmix.model.calibrate import Moments, quantize_layer
+from latmix.model.calibrate import Moments
 from latmix.model.fold import absorb_layer
 from latmix.model.maps import build_maps, reports
 from latmix.model.parts import layers
+from latmix.model.quantize import quantize_layer
 from latmix.model.source import open_source
 from latmix.numerics import parse_format
 from latmix.progress import Progress

@@ -13,40 +13,31 @@ out the folding of a layer that computes, which every rank does.
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
 from latmix import ranks
 from latmix.archs import Input
 from latmix.errors import LatmixError
 from latmix.eval.heldout import HeldOut, Measured
 from latmix.model import checkpoint
-from latmix.model.attach import linear_maps
-from latmix.model.calibrate import (
-    Calibrated,
-    Moments,
-    entering,
-    forward,
-    layer_arguments,
-    moments,
-    quantize_layer,
-    quantize_readers,
-)
+from latmix.model.calibrate import layer_arguments
 from latmix.model.checkpoint import EMBEDDING, HEAD, layer_file
 from latmix.model.fold import absorb_layer, absorb_reader, fold_layer, fold_norms, fold_reader, reset_gains
 from latmix.model.inputs import quantize_layer_inputs
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear
+from latmix.model.quantize import Calibrated, quantize_layer, quantize_readers
 from latmix.model.source import Source, empty
-from latmix.model.states import States, embedded
 from latmix.model.tables import write_embedding, write_head
+from latmix.model.taught import Taught
 from latmix.model.tensors import Tensors, metadata
 from latmix.numerics import BlockFormat
 from latmix.progress import Progress
@@ -83,9 +74,7 @@ class Conversion:
         self.layers = layers(self.model, self.arch)
         self.arguments = layer_arguments(self.model, self.arch, task.taught.shape[1])
         self.held_out = HeldOut(self.source, self.maps, task.held_out, work, self.arguments)
-        shape, width = task.taught.shape, self.source.config.hidden_size
-        self.taught = States(work, "taught", shape, width, shared=True)
-        self.untouched = States(work, "untouched", shape, width, shared=True)  # the same windows, in the original
+        self.taught = Taught(self.source, self.maps, task.taught, task.quantizer, work, self.arguments)
 
     @torch.no_grad()
     def run(self, progress: Progress) -> None:
@@ -101,7 +90,6 @@ class Conversion:
                     self._layer(index) if self._computes else self._linears(index)
                 self.held_out.drop(index)
                 self.taught.drop(index)
-                self.untouched.drop(index)
                 self.stages.save()
                 progress.advance(f"layer {index}")
             ranks.wait()
@@ -144,7 +132,7 @@ class Conversion:
             absorb_layer(layer, self.arch)
         with stage("measure"):
             errors = self.held_out.original(layer, index, task.activations)
-            original = copy.deepcopy(layer) if task.quantizer.needs_cross else None
+            self.taught.meet(layer)
         with stage("fold"):
             fold_layer(layer, self.arch, self.wide, index, **self._place(index))
         with stage("measure"):
@@ -154,13 +142,10 @@ class Conversion:
         with stage("quantize"):
             checkpoint.round_kept(layer, self.arch.linears)
             inputs = quantize_layer_inputs(layer, self.arch, self.maps, index, task.activations)
+            seen = self.taught.moments(layer, index)
             with _named(path):
-                found = quantize_layer(layer, self.arch, task.quantizer, task.weights, self._moments(index, original))
-            if task.quantizer.needs_hessian:
-                self.taught.put(index + 1, forward(layer, self.arguments[index], self.taught.at(index)))
-            if original is not None:
-                self.untouched.put(index + 1, forward(original, self.arguments[index], self.untouched.at(index)))
-                del original
+                found = quantize_layer(layer, self.arch, task.quantizer, task.weights, seen)
+            self.taught.advance(layer, index)
         with stage("measure"):
             self.held_out.quantized(layer, index)
             inputs.remove()
@@ -215,31 +200,7 @@ class Conversion:
         """What enters the first layer."""
         embedding = Tensors.of([self.shards / EMBEDDING])
         self.held_out.begin(embedding)
-        if self.task.quantizer.needs_hessian:
-            table = embedding.tensor(f"{self.arch.embedding}.weight")
-            self.taught.put(0, embedded(table, self.task.taught[self.taught.share]))
-        if self.task.quantizer.needs_cross:
-            table = self.source.tensors.tensor(f"{self.arch.embedding}.weight")
-            self.untouched.put(0, embedded(table, self.task.taught[self.untouched.share]))
-
-    def _moments(self, index: int, original: nn.Module | None) -> Callable[[Input], Moments] | None:
-        """original: the layer unfolded, unquantized, its gains absorbed; None where no quantizer aims at it."""
-        if not self.task.quantizer.needs_hessian:
-            return None
-        layer, arguments = self.layers[index], self.arguments[index]
-
-        def seen(spot: Input) -> Moments:
-            aims = None if original is None else self._aims(original, index, spot)
-            return moments(layer, arguments, self.taught.at(index), spot, aims)
-
-        return seen
-
-    def _aims(self, original: nn.Module, index: int, spot: Input) -> Iterator[Float[Tensor, "tokens n"]]:
-        """What the original reads at an input, in the basis of the layer's readers."""
-        heads = self.source.config.num_key_value_heads
-        map, _ = linear_maps(self.arch, self.maps, original, spot.readers[0], index, heads)
-        for y in entering(original, self.arguments[index], self.untouched.at(index), spot):
-            yield y if map is None else map(y)
+        self.taught.begin(embedding)
 
 
 @contextmanager
