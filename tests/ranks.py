@@ -38,7 +38,7 @@ TUNING = Tuning(steps=6, batch=4, evaluate_every=2, codes_lr=0.02)
 LLAMA, FORMAT = ARCHS["llama"], parse_format("mxfp4:scale=even")
 WINDOW = {"calibration.windows": "20", "calibration.window": "32"}
 RUNS = {
-    "calibrated": ("wush", WINDOW | {"calibration.held_out": "4", "folded.values": "none"}),
+    "calibrated": ("wush", WINDOW | {"calibration.held_out": "4", "folded.values": "none", "quantizer": "gptaq"}),
     "plain": ("quarot-rtn", WINDOW | {"calibration.held_out": "0"}),
 }
 Take = Callable[[Step], None]

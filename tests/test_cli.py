@@ -39,7 +39,7 @@ def test_help_and_list_teach() -> None:
     assert "latmix quantize MODEL --out RUN" in latmix("--help").stdout
     assert "any recipe key" in " ".join(latmix("quantize", "--help").stdout.split())
     listed = latmix("list").stdout
-    assert all(word in listed for word in ("latmix-lu", "mxfp4", "block-hadamard", "Qwen3ForCausalLM"))
+    assert all(word in listed for word in ("latmix-lu", "mxfp4", "block-hadamard", "gptaq", "Qwen3ForCausalLM"))
     assert "mxfp4" not in latmix("list", "architectures").stdout
 
 

@@ -84,3 +84,4 @@ def test_what_is_listed_teaches(capsys: pytest.CaptureFixture[str], monkeypatch:
     signal.signal(signal.SIGTERM, before)
     said = capsys.readouterr().out
     assert "DamagedError" in said and "Remedy:" in said and "Exit code 1." in said
+    assert "`latmix[eval]`" in said  # which rich would take for a style

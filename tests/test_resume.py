@@ -35,7 +35,7 @@ PLAIN = {
 LEARNED = {"folded.values": "qr"} | {
     f"{stage}.{key}": "2" for stage in ("learning", "tuning") for key in ("steps", "batch")
 }
-SETTINGS = {"block-hadamard": PLAIN, "latmix-plus": PLAIN | LEARNED}
+SETTINGS = {"block-hadamard": PLAIN, "latmix-plus": PLAIN | LEARNED | {"quantizer": "gptaq"}}
 
 
 class Killed(BaseException):

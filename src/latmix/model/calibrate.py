@@ -5,7 +5,6 @@ Cost: one (partial) forward of the layer per input. Given up: layers whose keywo
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -51,16 +50,15 @@ def moments(
     """
     reader = linear(layer, spot.readers[0])
     hessian = torch.zeros(reader.in_features, reader.in_features, dtype=torch.float64, device=reader.weight.device)
-    cross, tokens = torch.zeros_like(hessian), torch.zeros((), dtype=torch.int64, device=hessian.device)
-    nothing: Tensor | None = None
-    aims = repeat(nothing) if originals is None else originals
-    for x, y in zip(entering(layer, arguments, batches, spot), aims, strict=False):
+    cross = None if originals is None else torch.zeros_like(hessian)
+    tokens, aims = torch.zeros((), dtype=torch.int64, device=hessian.device), iter(originals or ())
+    for x in entering(layer, arguments, batches, spot):
         hessian.add_(x.T @ x)
         tokens.add_(len(x))
-        if y is not None:
-            cross.add_(y.T @ x)
-    ranks.add_up(hessian, cross, tokens)
-    return Moments(hessian.div_(tokens).float(), None if originals is None else cross.div_(tokens).float())
+        if cross is not None:
+            cross.add_(next(aims).T @ x)
+    ranks.add_up(tokens, hessian, *(() if cross is None else (cross,)))
+    return Moments(hessian.div_(tokens).float(), None if cross is None else cross.div_(tokens).float())
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class WeightQuantizer(ABC):
 
     Attributes:
         needs_hessian: False for data-free quantizers; they take a Hessian all the same, and ignore it.
-        needs_cross: whether they need the cross moment; those that do not take none.
+        needs_cross: whether they need the cross moment; the others ignore it.
     """
 
     needs_hessian: ClassVar[bool]

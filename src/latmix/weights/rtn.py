@@ -21,7 +21,7 @@ PIECE = 2**22
 
 @dataclass(frozen=True)
 class RTN(WeightQuantizer):
-    """`encode(weight, format)`; NaN and Inf as there: the NaN scale marks their block.
+    """Round to nearest, `encode(weight, format)`; NaN and Inf as there: the NaN scale marks their block.
 
     Cost: 24 bytes for each element of a piece, and one for each of the weight's.
     """
