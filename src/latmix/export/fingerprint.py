@@ -22,6 +22,7 @@ from latmix.export.source import Source
 from latmix.export.streamed import Streamed
 from latmix.model.load import load_tokenizer
 from latmix.model.tensors import write
+from latmix.rundir import read_json, write_json
 
 FILE = "latmix.fingerprint"
 """A safetensors file by another name: vLLM takes every `*.safetensors` of a folder for weights."""
@@ -39,13 +40,33 @@ class Fingerprint:
 
 @torch.no_grad()
 def take(source: Source, folder: Path) -> None:
-    """Write the run's fingerprint into `folder`. Cost: `CONTINUE` + 1 passes over the run, a layer in memory.
+    """Write the run's fingerprint into `folder`; a killed one goes on after the windows, or after the last token.
+
+    Cost: `CONTINUE` + 1 passes over the run, a layer in memory.
 
     Raises: WriteError: the file cannot be written.
     """
-    model, tokenizer, text = Streamed(source), load_tokenizer(source.path), read_text(EVALUATION)
-    window = min(WINDOW, int(source.config["max_position_embeddings"]) - CONTINUE)
-    ids = windows(text, tokenizer, window, int(source.config["vocab_size"]))[:WINDOWS]
+    answers, greedy = (folder / f"{FILE}.{part}" for part in ("windows", "greedy"))
+    if not (folder / FILE).exists():
+        model, tokenizer, text = Streamed(source), load_tokenizer(source.path), read_text(EVALUATION)
+        if not answers.exists():
+            window = min(WINDOW, int(source.config["max_position_embeddings"]) - CONTINUE)
+            ids = windows(text, tokenizer, window, int(source.config["vocab_size"]))[:WINDOWS]
+            write(answers, _answers(model, ids), {})
+        kept, _ = _stored(answers)
+        known = read_json(greedy) if greedy.exists() else []
+        begun = torch.tensor(prompt(kept["windows"]) + known)
+        for token in model.greedy(begun, CONTINUE - len(known)):
+            known.append(token)
+            write_json(greedy, known)
+        beginning = text.text[:CHARACTERS]
+        once = {"greedy": torch.tensor(known), "tokens": torch.tensor(tokenizer(beginning)["input_ids"])}
+        write(folder / FILE, kept | once, {"text": json.dumps(beginning)})
+    for part in (answers, greedy):
+        part.unlink(missing_ok=True)
+
+
+def _answers(model: Streamed, ids: Int[Tensor, "windows window"]) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {"target": [], "target_weights_only": [], "top_ids": [], "top": []}
     for row, rounded, alone in zip(ids, *model.hidden((ids, True), (ids, False)), strict=True):
         logprobs = model.logprobs(rounded[:-1])
@@ -54,28 +75,34 @@ def take(source: Source, folder: Path) -> None:
         found["target_weights_only"].append(following(model.logprobs(alone[:-1]), row))
         found["top_ids"].append(top.indices.int())
         found["top"].append(top.values)
-    beginning = text.text[:CHARACTERS]
-    once = {
-        "windows": ids,
-        "greedy": torch.tensor(list(model.greedy(ids[0, : min(PROMPT, window)], CONTINUE))),
-        "tokens": torch.tensor(tokenizer(beginning)["input_ids"]),
-    }
-    stacked = {name: torch.stack(rows) for name, rows in found.items()}
-    write(folder / FILE, once | stacked, {"text": json.dumps(beginning)})
+    return {"windows": ids} | {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def prompt(ids: Int[Tensor, "windows window"]) -> list[int]:
+    """What is continued."""
+    found: list[int] = ids[0, :PROMPT].tolist()
+    return found
 
 
 def read(folder: Path) -> Fingerprint:
     """Raises: DamagedError: it is not what `take` wrote."""
+    tensors, metadata = _stored(folder / FILE)
     try:
-        with safe_open(folder / FILE, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            text = json.loads(file.metadata()["text"])
-        ids = tensors["windows"]
-        prompt = ids[0, : min(PROMPT, ids.shape[1])].tolist()
-        request = {"windows": ids.tolist(), "prompt": prompt, "continue": len(tensors["greedy"]), "text": text}
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        ids, text = tensors["windows"], json.loads(metadata["text"])
+        request = {"windows": ids.tolist(), "prompt": prompt(ids), "continue": len(tensors["greedy"]), "text": text}
+    except (LookupError, TypeError, ValueError) as error:
         raise DamagedError(f"'{folder / FILE}' is damaged: {error!r}.") from error
     return Fingerprint(tensors, request)
+
+
+def _stored(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Its tensors and metadata. Raises: DamagedError: it cannot be read."""
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+            return tensors, dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"'{file}' cannot be read: {error!r}.") from error
 
 
 def following(

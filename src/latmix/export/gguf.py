@@ -6,6 +6,7 @@ head, so the rows of q and k are reordered (packed rows move as they are). Mistr
 are Llamas here. Norms and biases are stored in float32, embedding and head in bfloat16.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from latmix.errors import InputError, UnavailableError
 from latmix.export.base import EXPORTS, Export
+from latmix.export.growing import Part, grow
 from latmix.export.source import PACKED, SCALE, Source
 from latmix.export.vocabulary import add_tokenizer
-from latmix.rundir import written
 
 LINEARS = {
     "self_attn.q_proj": "attn_q",
@@ -36,7 +37,7 @@ NORMS = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
 }
-NAME = "model.gguf"
+NAME, ALIGNED = "model.gguf", 32  # bytes
 
 
 def write(source: Source, folder: Path) -> None:
@@ -45,23 +46,30 @@ def write(source: Source, folder: Path) -> None:
         import gguf
     except ImportError:
         raise UnavailableError("Writing GGUF needs the package gguf: pip install 'latmix[export]'.") from None
-    if (folder / NAME).exists():
-        return
-    kinds = {"mxfp4": gguf.GGMLQuantizationType.MXFP4, "bf16": gguf.GGMLQuantizationType.BF16, "f32": None}
     every = list(tensors(source))
-    with written(folder / NAME) as temporary:
-        writer = gguf.GGUFWriter(temporary, architecture(source))
-        _add_facts(writer, source)
-        add_tokenizer(writer, source.path, source.shapes[f"{source.arch.embedding}.weight"][0])
-        for name, shape, kind, _ in every:
-            size, dtype = int(np.prod(shape)), np.dtype(np.float32 if kind == "f32" else np.uint8)
-            writer.add_tensor_info(name, shape, dtype, size * dtype.itemsize, kinds[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for _, _, _, make in every:
-            writer.write_tensor_data(make())
-        writer.close()
+    sizes = [int(np.prod(shape)) * (4 if kind == "f32" else 1) for _, shape, kind, _ in every]
+    writer = gguf.GGUFWriter(None, architecture(source))
+    _add_facts(writer, source)
+    add_tokenizer(writer, source.path, source.shapes[f"{source.arch.embedding}.weight"][0])
+    kinds = {"mxfp4": gguf.GGMLQuantizationType.MXFP4, "bf16": gguf.GGMLQuantizationType.BF16, "f32": None}
+    for (name, shape, kind, _), size in zip(every, sizes, strict=True):
+        writer.add_tensor_info(name, shape, np.dtype("f4" if kind == "f32" else "u1"), size, kinds[kind])
+    head = io.BytesIO()
+    writer.fout = [io.BufferedWriter(head)]
+    writer.state = gguf.gguf_writer.WriterState.EMPTY  # as if a file had been opened
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    start = np.frombuffer(head.getvalue(), np.uint8)
+    made = zip([start.nbytes, *sizes], [lambda: start, *(make for *_, make in every)], strict=True)
+    grow(folder / NAME, [Part(size + -size % ALIGNED, partial(_padded, make)) for size, make in made])
+
+
+def _padded(make: Callable[[], np.ndarray]) -> memoryview:
+    """Its bytes, and zeros up to where the next tensor may begin; a large table's bytes are whole without."""
+    data = make().reshape(-1).view(np.uint8)
+    more = -len(data) % ALIGNED
+    return np.pad(data, (0, more)).data if more else data.data
 
 
 def architecture(source: Source) -> str:
