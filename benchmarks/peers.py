@@ -1,7 +1,8 @@
 """Our baselines beside other tools' own code, on the model that ships with latmix: same calibration windows, same
 format, same evaluation.
 
-    pip install -e . llmcompressor==0.14.0.1 auto-round==0.15.1 amd-quark==0.13    (in an environment of its own)
+    pip install -e . llmcompressor==0.14.0.1 auto-round==0.15.1 amd-quark==0.13 \\
+        'brevitas[llm]==0.13.4' msmodelslim==26.1.0                    (in an environment of its own)
     python benchmarks/peers.py --out docs/results/peers.md
 
 Every row is a process of its own, its scores kept in comparisons/peers: run it again after an interruption. A peer's
@@ -10,8 +11,8 @@ perplexity and KL on the evaluation text of the package. Peers keep embedding an
 """
 
 import argparse
-import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -22,8 +23,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch
-from peer_tools import Peer, auto_round, compressor, quark
+from peer_pairs import PAIRS
 
 import latmix
 from latmix.assets import CALIBRATION, DEMO_MODEL, EVALUATION
@@ -34,15 +34,10 @@ from latmix.model.load import load
 from latmix.model.maps import build_maps
 from latmix.numerics import parse_format
 from latmix.recipe import Recipe, override
-from latmix.recipes import find
 
 KEPT = Path("comparisons/peers")
-INPUTS = ("qkv", "o", "gate_up", "down")
-
-
-def everywhere(transform: str) -> Recipe:
-    """GPTQ under a fixed transform at every input, at run time."""
-    return dataclasses.replace(find("gptq"), name=f"gptq, {transform} online", online=dict.fromkeys(INPUTS, transform))
+TOOLS = ("torch", "llmcompressor", "auto-round", "amd-quark", "brevitas", "msmodelslim")
+IN_PLACE = "in place"
 
 
 def gains_in_place(recipe: Recipe) -> Any:
@@ -54,80 +49,28 @@ def gains_in_place(recipe: Recipe) -> Any:
     return attach(loaded.model, loaded.arch, none, activations, weights).model
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """What another tool does, and what of ours is the same thing; `nearest`: rounding to nearest, which can be had with
-    the gains in the norms, too."""
-
-    peer: str
-    run: Peer
-    ours: Recipe
-    nearest: bool = False
-
-    @property
-    def sides(self) -> tuple[str, ...]:
-        return ("peer", "ours", "in place") if self.nearest else ("peer", "ours")
-
-
-LC, AR, QUARK = "llm-compressor", "AutoRound", "Quark rotation R1 R2 R4"
-FLOOR = {"weights": "mxfp4:scale=floor", "activations": "mxfp4:scale=floor"}
-SEARCHED = FLOOR | {"weights": "mxfp4:scale=search"}
-PAIRS = {
-    "rtn": Pair(f"{LC} RTN", compressor(gptq=False), find("rtn"), nearest=True),
-    "gptq": Pair(f"{LC} GPTQ", compressor(), find("gptq")),
-    "r1r2": Pair(
-        f"{LC} SpinQuant R1 R2 (Hadamard), GPTQ",
-        compressor(spinquant={"rotations": ["R1", "R2"]}),
-        override(find("quarot"), {"online.down": "none", "name": "quarot, nothing online"}),
-    ),
-    "r1r2r4": Pair(
-        f"{LC} SpinQuant R1 R2 R4 (Hadamard), GPTQ",
-        compressor(spinquant={"rotations": ["R1", "R2", "R4"]}),
-        find("quarot"),
-    ),
-    "r1r2r4-32": Pair(
-        f"{LC} SpinQuant R1 R2 R4 in blocks of 32, GPTQ",
-        compressor(spinquant={"rotations": ["R1", "R2", "R4"], "transform_block_size": 32}),
-        find("block-hadamard"),
-    ),
-    "quip": Pair(f"{LC} QuIP (random Hadamard), GPTQ", compressor(quip={"rotations": ["v"]}), everywhere("hadamard")),
-    "quip-32": Pair(
-        f"{LC} QuIP in blocks of 32, GPTQ",
-        compressor(quip={"rotations": ["v"], "transform_type": "hadamard", "transform_block_size": 32}),
-        find("mr-gptq"),
-    ),
-    "quark": Pair(f"{QUARK} (Hadamard), GPTQ", quark(None), find("quarot")),
-    "quark-32": Pair(f"{QUARK} in blocks of 32, GPTQ", quark(32), find("block-hadamard")),
-    "auto-0": Pair(
-        f"{AR}, 0 iterations",
-        auto_round(0),
-        override(find("rtn"), SEARCHED | {"name": "rtn, weights search, inputs floor"}),
-        nearest=True,
-    ),
-    "auto-200": Pair(
-        f"{AR}, 200 iterations",
-        auto_round(200),
-        override(find("gptq"), FLOOR | {"name": "gptq, floor"}),
-    ),
-}
+def place(name: str, side: str) -> Path:
+    """Where a row's scores are kept, without suffix; a recipe that stands beside several tools has one place."""
+    stem = {"peer": name, IN_PLACE: f"{name}-in-place"}.get(side, f"ours-{side}")
+    return KEPT / stem.replace(",", "").replace(" ", "-")
 
 
 def measure(name: str, side: str, few: int | None) -> dict[str, float]:
     """One row. `few`: windows to calibrate and to measure on; None: all."""
     pair, original = PAIRS[name], load(DEMO_MODEL)
-    recipe = pair.ours if few is None else override(pair.ours, {"calibration.windows": str(few)})
+    recipe = next((each for each in pair.ours if each.name == side), pair.ours[0])
+    recipe = recipe if few is None else override(recipe, {"calibration.windows": str(few)})
     takes = original.longest, original.vocabulary
     taught, _ = calibration_windows(read_text(CALIBRATION), original.tokenizer, recipe.calibration, *takes)
     seen = windows(read_text(EVALUATION), original.tokenizer, *takes)[:few]
     began = time.perf_counter()
     if side == "peer":
         model = pair.run(load(DEMO_MODEL), taught).eval()
-    elif side == "in place":
+    elif side == IN_PLACE:
         model = gains_in_place(recipe).eval()
     else:
-        out = KEPT / f"{name}-run"
-        latmix.quantize(DEMO_MODEL, out, recipe)
-        model = latmix.pipeline.restore(out).model
+        latmix.quantize(DEMO_MODEL, place(name, side), recipe)
+        model = latmix.pipeline.restore(place(name, side)).model
     took = time.perf_counter() - began
     found = score(model, seen, original.model)
     assert found.kl is not None
@@ -140,19 +83,18 @@ def measure(name: str, side: str, few: int | None) -> dict[str, float]:
     }
 
 
-def table(names: list[str], rows: dict[tuple[str, str], dict[str, float]]) -> str:
+def table(rows: dict[tuple[str, str], dict[str, float]]) -> str:
     lines = ["| what | KL | perplexity | s | ours | KL | perplexity | s | ours / theirs |", "|" + "---|" * 9]
-    for name in names:
-        pair, theirs = PAIRS[name], rows.get((name, "peer"))
-        for side in pair.sides[1:]:
-            ours = rows.get((name, side))
-            title = pair.ours.name if side == "ours" else "the same, gains left in the norms"
-            ratio = f"{ours['kl'] / theirs['kl']:.{2 if side == 'ours' else 6}f}" if theirs and ours else ""
+    for (name, side), ours in rows.items():
+        if side != "peer":
+            pair, theirs = PAIRS[name], rows.get((name, "peer"), {})
+            title = "the same, gains left in the norms" if side == IN_PLACE else side
+            ratio = f"{ours['kl'] / theirs['kl']:.{6 if side == IN_PLACE else 2}f}" if theirs and ours else ""
             lines.append(f"| {pair.peer} | {_cells(theirs)} | {title} | {_cells(ours)} | {ratio} |")
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, float] | None) -> str:
+def _cells(row: dict[str, float]) -> str:
     return f"{row['kl']:.4f} | {row['perplexity']:.3f} | {row['s']:.0f}" if row else "failed | | "
 
 
@@ -160,30 +102,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=PAIRS, nargs="*", default=list(PAIRS))
-    parser.add_argument("--few", type=int, help="windows to calibrate and measure on: to see whether it runs")
+    parser.add_argument("--few", type=int, help="windows to calibrate and measure on: to see whether it runs; not kept")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     KEPT.mkdir(parents=True, exist_ok=True)
     if args.one:
         print("\n" + json.dumps(measure(*args.one, args.few)))
         return
-    rows = {}
-    for name in args.only:
-        for side in PAIRS[name].sides:
-            kept = KEPT / f"{name}-{side.replace(' ', '-')}.json"
-            if not kept.is_file():
-                words = [sys.executable, __file__, "--one", name, side, *(["--few", str(args.few)] if args.few else [])]
-                done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-                if done.returncode:
-                    print(f"{name}, {side}: failed")
-                    continue
-                kept.write_text(done.stdout.splitlines()[-1])
-            rows[name, side] = json.loads(kept.read_text())
-            print(name, side, rows[name, side], flush=True)
+    rows = {(name, side): row(name, side, args.few) for name in args.only for side in PAIRS[name].sides}
     if args.out:
-        args.out.write_text(
-            f"{HEAD}\nMeasured {datetime.date.today()}, torch {torch.__version__}.\n\n{table(args.only, rows)}\n"
-        )
+        versions = ", ".join(f"{tool} {importlib.metadata.version(tool)}" for tool in TOOLS)
+        args.out.write_text(f"{HEAD}\n{table(rows)}\n\nMeasured {datetime.date.today()}, {versions}.\n")
+
+
+def row(name: str, side: str, few: int | None) -> dict[str, float]:
+    """A row's scores, kept or measured; empty where that fails."""
+    kept = place(name, side).with_suffix(".json")
+    if few or not kept.is_file():
+        words = [sys.executable, __file__, "--one", name, side, *(["--few", str(few)] if few else [])]
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{name}, {side}: failed", flush=True)
+            return {}
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(name, side, found, flush=True)
+        if few:
+            return found
+        kept.write_text(json.dumps(found))
+    return json.loads(kept.read_text())
 
 
 HEAD = """# Beside other tools
