@@ -70,7 +70,7 @@ PAIRS = {
     "quip-32": Pair(
         f"{LC} QuIP in blocks of 32, GPTQ",
         compressor(quip={"rotations": ["v"], "transform_type": "hadamard", "transform_block_size": 32}),
-        (find("mr-gptq"),),
+        (find("mr-gptq"), everywhere("block-hadamard")),
     ),
     "quark": Pair(f"{QUARK} R1 R2 R4 (Hadamard), GPTQ", quark(None), (find("quarot"),)),
     "quark-32": Pair(f"{QUARK} R1 R2 R4 in blocks of 32, GPTQ", quark(32), (find("block-hadamard"),)),
