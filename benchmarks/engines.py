@@ -52,6 +52,7 @@ CASES += [
     ("gptq", {"weights": "mxfp8_e4m3", "activations": "mxfp8_e4m3:scale=rceil"}),
     ("gptq", {"weights": "mxint4", "activations": "mxint4"}),
     ("gptq", {"weights": "nvfp4", "activations": "nvfp4"}),
+    ("gptq", {"weights": "nvfp4", "activations": "nvfp4:tensor_scale=1"}),
     ("gptq", {"weights": "nvfp4", "activations": "none"}),
 ]
 ADDED = [("gptq", {}), ("latmix-plus", {})]  # of the models that are added

@@ -15,7 +15,15 @@ from latmix import export as exports
 from latmix.export.gguf import LINEARS
 from latmix.pipeline import restore
 from latmix.seal import seal
-from tests.engines.vllm_cpu_mxfp4.vllm_cpu_mxfp4 import decoded, decoded8, hadamard, rounded, rounded8
+from tests.engines.vllm_cpu_mxfp4.vllm_cpu_mxfp4 import (
+    decoded,
+    decoded8,
+    decoded_nv,
+    hadamard,
+    rounded,
+    rounded8,
+    rounded_nv,
+)
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION
 
@@ -24,6 +32,7 @@ IDS = torch.arange(3, 51).view(2, 24)
 ARITHMETIC = {
     "mxfp4-pack-quantized": (".weight_packed", decoded, rounded),
     "mxfp8-quantized": (".weight", decoded8, rounded8),
+    "nvfp4-pack-quantized": (".weight_packed", decoded_nv, rounded_nv),
 }
 """Format → what follows a linear's name, how it is decoded, how activations are rounded."""
 
@@ -76,15 +85,21 @@ def stock(folder: Path) -> transformers.PreTrainedModel:
         assert torch.allclose(matrix.float(), hadamard(torch.eye(order)) * order**0.5)
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and path not in quantization["ignore"]:
-            tensors[f"{path}.weight"] = decode(tensors.pop(path + codes), tensors.pop(f"{path}.weight_scale"))
+            weight, input_ = (_popped(tensors, f"{path}.{kind}_global_scale") for kind in ("weight", "input"))
+            stored = tensors.pop(path + codes), tensors.pop(f"{path}.weight_scale")
+            tensors[f"{path}.weight"] = decode(*stored, *(1 / inverse for inverse in weight))
             for group in online.values():
                 if any(path.endswith(target[5:-1].replace("[.]", ".")) for target in group["apply"][0]["targets"]):
                     assert module.bias is None  # vLLM asserts it
                     module.register_forward_pre_hook(partial(_turned, order=group["head_dim"]))
             if scheme["input_activations"]:
-                module.register_forward_pre_hook(lambda _, args: (round_(args[0]),))
+                module.register_forward_pre_hook(lambda _, args, more=input_: (round_(args[0], *more),))
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return model
+
+
+def _popped(tensors: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    return [tensors.pop(name)] if name in tensors else []
 
 
 def _turned(module: torch.nn.Module, args: tuple[torch.Tensor], order: int) -> tuple[torch.Tensor]:

@@ -41,6 +41,7 @@ def pieces(source: Source) -> Iterator[Piece]:
         flip = flips is not None and re.search(r"\.mlp\.up_proj\.(weight_packed|bias)$", name)
         yield Piece(new, shape, dtype, partial(_made, source, name, dtype, flips if flip else None))
     yield from missing_biases(source)
+    yield from input_scales(source)
     for spot in source.layout.online:
         order, reader = order_of(source, spot), source.arch.input(spot).readers[0]
         name = f"{source.arch.layers}.0.{reader}.{spot}_input.weight"
@@ -85,6 +86,17 @@ def missing_biases(source: Source) -> Iterator[Piece]:
                 yield Piece(f"{path}.bias", (rows,), torch.bfloat16, partial(zeros, rows))
 
 
+def input_scales(source: Source) -> Iterator[Piece]:
+    """Of NVFP4's activations, the tensor-wide one at each linear."""
+    if (format := source.layout.activations) is not None and format.tensor_scale is not None:
+        for path in source.linears():
+            yield Piece(f"{path}.input_global_scale", (1,), torch.float32, partial(_inverse, format.tensor_scale))
+
+
+def _inverse(scale: float) -> Tensor:
+    return torch.tensor([1 / scale])
+
+
 def stock_config(source: Source) -> dict[str, Any]:
     """The `config.json` of a stock model with room for the run's biases."""
     arch, config = family(source.layout), dict(source.config)
@@ -111,7 +123,7 @@ def serve(folder: Path, activations: str | None) -> str:
 
 def engines(source: Source) -> tuple[str, ...]:
     """transformers ignores `transform_config`, without a word; vLLM takes NVFP4 weights alone on GPUs only."""
-    if source.layout.weights.name == "nvfp4":
+    if source.layout.weights.name == "nvfp4" and source.layout.activations is None:
         return ("transformers",)
     return ("vllm",) if source.layout.online else ("vllm", "transformers")
 

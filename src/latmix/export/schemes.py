@@ -3,8 +3,9 @@
 Facts about it (0.17 to 0.20) and vLLM 0.32: MX checkpoints whose `input_activations` is null are served by vLLM with
 rounded activations all the same where a kernel for that exists, so W4A16 has to be asked for on the command line
 (`--linear-backend marlin`). MXFP8's activation scale is RCEIL in vLLM; compressed-tensors doubles it where a block's
-largest magnitude is 448 · 2^k exactly. NVFP4's tensor-wide scale is stored as its inverse, and has to be the same for
-q, k and v (and gate and up), since vLLM takes the largest of theirs for all.
+largest magnitude is 448 · 2^k exactly. NVFP4's tensor-wide scales are stored as their inverses; that of weights has to
+be the same for q, k and v (and gate and up), since vLLM takes the largest of theirs for all; that of activations is a
+constant of the checkpoint, while their blocks' scales are found at run time ("local").
 """
 
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def quantization_config(source: Source) -> dict[str, Any]:
         "group_size": source.layout.weights.block,
         "scale_dtype": str(stored(source).scales),
     }
-    rounded = source.layout.activations is not None
+    rounded = {**scheme, "dynamic": True if stored(source).scales == torch.uint8 else "local"}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": stored(source).format,
@@ -74,7 +75,7 @@ def quantization_config(source: Source) -> dict[str, Any]:
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {**scheme, "dynamic": False},
-                "input_activations": {**scheme, "dynamic": True} if rounded else None,
+                "input_activations": None if source.layout.activations is None else rounded,
                 "output_activations": None,
                 "format": stored(source).format,
             }

@@ -20,6 +20,7 @@ from latmix.model.calibrate import Moments
 from latmix.model.parts import linear
 from latmix.model.tensors import PIECE
 from latmix.numerics import BlockFormat, Quantized, choose_tensor_scale, decode
+from latmix.numerics.rounding import power_of_two_below
 from latmix.weights import MoreDamping, WeightQuantizer
 
 
@@ -110,6 +111,13 @@ def decoded(quantized: Quantized) -> Float[Tensor, "out n"]:
 
 
 def shared_scale(weights: list[Tensor], format: BlockFormat) -> Float[Tensor, ""] | None:
-    """One tensor-wide scale for the linears that read an input, which engines run as one; None where there is none."""
+    """One tensor-wide scale for the linears that read an input, which engines run as one; None where there is none.
+
+    Up to a power of two: of an element times a block's scale bfloat16 then holds every bit, and engines decode to it.
+    """
     scales = [choose_tensor_scale(weight, format) for weight in weights]
-    return None if scales[0] is None else torch.stack([scale for scale in scales if scale is not None]).amax()
+    if scales[0] is None:
+        return None
+    largest = torch.stack([scale for scale in scales if scale is not None]).amax()
+    below = power_of_two_below(largest)
+    return below * (1 + (largest > below))

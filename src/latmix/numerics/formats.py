@@ -99,6 +99,8 @@ class BlockFormat:
         rounding: one of `ROUNDINGS`.
         scale_element: "e8m0", a power of two from 2^-127 to 2^127 with 0xFF = NaN (OCP MX v1.0, section 5.4.1), or
             "e4m3", a positive E4M3 number under one float32 scale for the whole tensor (NVFP4).
+        tensor_scale: that scale, a power of two, if it is the same for every tensor; by default it follows each
+            tensor's largest magnitude.
 
     Raises:
         LatmixError: a value outside these choices.
@@ -110,6 +112,7 @@ class BlockFormat:
     scale: str = "floor"
     rounding: str = "even"
     scale_element: str = "e8m0"
+    tensor_scale: float | None = None
 
     def __post_init__(self) -> None:
         choices = {"scale_element": tuple(SCALE_RULES), "rounding": ROUNDINGS}
@@ -119,6 +122,11 @@ class BlockFormat:
                 raise InputError(f"{self.name}: unknown {key} '{getattr(self, key)}'; known: {', '.join(known)}.")
         if not 1 <= self.block <= BLOCKS:
             raise InputError(f"{self.name}: block is {self.block}; it must be a positive integer up to {BLOCKS}.")
+        if self.tensor_scale is not None:
+            if self.scale_element == "e8m0":
+                raise InputError(f"{self.name}: it has no tensor_scale.")
+            if self.tensor_scale not in E8M0[1:-1]:
+                raise InputError(f"{self.name}: tensor_scale is {self.tensor_scale}; it must be {_POWER}.")
 
     def __str__(self) -> str:
         default = FORMATS[self.name]
@@ -142,9 +150,10 @@ class BlockFormat:
         return (scale.smallest, scale.max) if scale else (E8M0[0], E8M0[-1])
 
 
-_KEYS = ("block", "scale", "rounding")
+_KEYS = ("block", "scale", "rounding", "tensor_scale")
 BLOCKS = 2**16  # a tensor is padded to whole blocks
 E8M0 = tuple(2.0**exponent for exponent in range(-127, 128))
+_POWER = "a power of two from 2^-126 to 2^126, such as 1 or 0.0625"
 
 ELEMENTS: Registry[Element] = Registry("element")
 for _element in (
@@ -177,8 +186,8 @@ def parse_format(text: str | BlockFormat) -> BlockFormat: ...
 @overload
 def parse_format(text: None) -> None: ...
 def parse_format(text: str | BlockFormat | None) -> BlockFormat | None:
-    """Read `"name"` or `"name:key=value,..."` with the keys block, scale and rounding; a `BlockFormat` passes through,
-    and so does None (activations that are left alone).
+    """Read `"name"` or `"name:key=value,..."` with the keys block, scale, rounding and (NVFP4) tensor_scale; a
+    `BlockFormat` passes through, and so does None (activations that are left alone).
 
     Raises:
         LatmixError: an unknown name, key or value, or a malformed text; the message lists the choices.
@@ -186,7 +195,7 @@ def parse_format(text: str | BlockFormat | None) -> BlockFormat | None:
     if text is None or isinstance(text, BlockFormat):
         return text
     name, properties = parse_spec(text)
-    changes: dict[str, str | int] = dict(properties)
+    changes: dict[str, str | float] = dict(properties)
     for key, value in properties.items():
         if key not in _KEYS:
             raise InputError(f"{name}: unknown property '{key}'; known: {', '.join(_KEYS)}.")
@@ -194,4 +203,9 @@ def parse_format(text: str | BlockFormat | None) -> BlockFormat | None:
             if not (value.isascii() and value.isdigit() and len(value) <= len(str(BLOCKS))):
                 raise InputError(f"{name}: block is '{value}'; it must be a positive integer up to {BLOCKS}.")
             changes[key] = int(value)
+        if key == "tensor_scale":
+            try:
+                changes[key] = float(value)
+            except ValueError:
+                raise InputError(f"{name}: tensor_scale is '{value}'; it must be {_POWER}.") from None
     return dataclasses.replace(FORMATS[name], **changes)  # type: ignore[arg-type]

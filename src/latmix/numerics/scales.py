@@ -8,7 +8,8 @@ overflows, and one code serves all dtypes.
 Special values. An all-zero block has the smallest scale (E8M0 byte 0x00 = 2^-127, E4M3 byte 0x01 = 2^-9). A block that
 holds NaN or Inf has the NaN scale (E8M0 byte 0xFF, E4M3 byte 0x7F) and decodes to NaN throughout: FP4, FP6 and integer
 elements have no code for either, OCP leaves the choice open, and a loud block is better than a silent number. Exponents
-are clamped to [-127, 127]: blocks below use less of the grid, and float64 blocks above saturate.
+are clamped to [-127, 127]: blocks below use less of the grid, and float64 blocks above saturate. Under a tensor scale
+that is fixed, a block whose scale rounds to zero is zero throughout (under the largest scale, E4M3 byte 0x7E).
 """
 
 from collections.abc import Callable
@@ -83,12 +84,15 @@ def from_blocks(blocks: Shaped[Tensor, "*batch blocks block"], n: int | torch.Sy
 def choose_tensor_scale(x: Float[Tensor, "*batch n"], fmt: str | BlockFormat) -> Float[Tensor, ""] | None:
     """The scale of the whole tensor, float32, which multiplies every block's scale; None for formats that have none.
 
-    amax / (448 * 6), so that the block of the largest magnitude gets the largest E4M3 scale (NVIDIA's NVFP4 recipe).
-    Blocks with NaN or Inf do not count. At least 2^-126, so that an all-zero tensor has a scale too.
+    The format's own, if it has one. Otherwise amax / (448 * 6), so that the block of the largest magnitude gets the
+    largest E4M3 scale (NVIDIA's NVFP4 recipe). Blocks with NaN or Inf do not count. At least 2^-126, so that an
+    all-zero tensor has a scale too.
     """
     fmt = parse_format(fmt)
     if fmt.scale_element == "e8m0":
         return None
+    if fmt.tensor_scale is not None:
+        return torch.full((), fmt.tensor_scale, dtype=torch.float32, device=x.device)
     amax = to_blocks(widen(x), fmt.block).abs().amax(-1).double()
     largest = torch.where(amax.isfinite(), amax, 0.0).flatten().amax()
     float32 = torch.finfo(torch.float32)
@@ -119,7 +123,10 @@ def choose_scales(
     blocks = to_blocks(x, fmt.block)
     amax = blocks.abs().amax(-1).double()
     rule = SCALE_RULES[fmt.scale_element][0] if fmt.scale == "search" else fmt.scale
-    scales = _to_scale_grid(RULES[rule](amax / unit, fmt.element), fmt)
+    wanted = RULES[rule](amax / unit, fmt.element)
+    scales = _to_scale_grid(wanted, fmt)
+    if fmt.tensor_scale is not None:  # engines find such scales at run time, and let them round to zero
+        scales = torch.where(wanted <= fmt.scale_range[0] / 2, fmt.scale_range[1], scales)
     if fmt.scale == "search":
         weights = 1.0 if importance is None else to_blocks(importance.to(x.dtype), fmt.block)
         scales = _search(blocks, scales, unit, fmt, weights)

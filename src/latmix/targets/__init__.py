@@ -27,6 +27,7 @@ from latmix.targets.layout import (
     sliding,
 )
 from latmix.targets.rules import (
+    STATIC,
     Refusal,
     activation_refusals,
     avoiding,
@@ -37,9 +38,9 @@ from latmix.targets.rules import (
 
 FORMATS = {"weights", "activations"}  # recipe keys
 FIXED = ("hadamard", "block-hadamard")  # online transforms without anything to learn
-COMPRESSED = {"mxfp4": "mxfp4:scale=even", "mxfp8_e4m3": "mxfp8_e4m3:scale=rceil", "nvfp4": None}
-"""Formats of compressed-tensors' linears, and how its engines round activations beside them, as latmix can. (Beside
-NVFP4 they want a tensor-wide scale that was calibrated; ours follows the tensor.)"""
+COMPRESSED = {"mxfp4": "mxfp4:scale=even", "mxfp8_e4m3": "mxfp8_e4m3:scale=rceil", "nvfp4": STATIC}
+"""Formats of compressed-tensors' linears, and how its engines round activations beside them, as latmix can; the
+tensor-wide scale of NVFP4 may be another one, if it is fixed."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,17 @@ def _gguf(layout: Layout, recipe: Recipe) -> list[Refusal]:
 
 
 def _transformers(layout: Layout, recipe: Recipe) -> list[Refusal]:
-    """Under a scale for a whole tensor what is rounded depends on what else is in the batch: no engine can agree."""
-    if layout.activations is None or layout.activations.scale_element == "e8m0":
+    """Under a scale that follows a whole tensor what is rounded depends on what else is in the batch: no engine can
+    agree."""
+    if layout.activations is None or layout.activations.scale_element == "e8m0" or layout.activations.tensor_scale:
         return []
     reason = f"activations in {layout.activations} share one scale over the whole batch, so that answers depend on it"
-    return [Refusal(reason, {"activations": "none"})]
+    return [Refusal(reason, {"activations": STATIC})]
 
 
 for _target in (
     Target("compressed-tensors", "vLLM, and transformers where nothing runs online", _compressed_tensors),
-    Target("transformers", "transformers after `import latmix`; every recipe, but no nvfp4 activations", _transformers),
+    Target("transformers", "transformers after `import latmix`; every recipe", _transformers),
     Target("gguf", "llama.cpp; dense MXFP4 and biases, nothing online", _gguf),
 ):
     TARGETS.add(_target.name, _target)

@@ -12,7 +12,7 @@ from latmix.recipe import Recipe
 from latmix.registry import parse_spec
 from latmix.targets.layout import ATTENTION, HEAD, MLP, Layout, family, respelled, shift_biases, shift_of, slots
 
-SERVED = "mxfp4:scale=even"
+SERVED, STATIC = "mxfp4:scale=even", "nvfp4:tensor_scale=1"
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,16 @@ def weight_refusals(layout: Layout, known: tuple[str, ...]) -> list[Refusal]:
     return found
 
 
-def activation_refusals(layout: Layout, known: Mapping[str, str | None]) -> list[Refusal]:
+def activation_refusals(layout: Layout, known: Mapping[str, str]) -> list[Refusal]:
     """Activations that are rounded, but not as engines round them beside these weights."""
-    rule = known.get(layout.weights.name)
-    if layout.weights.name not in known or layout.activations in (None, parse_format(rule)):
+    if layout.weights.name not in known or layout.activations is None:
         return []
-    reason = f"it rounds activations as {layout.activations}, the engine as {rule}"
-    if rule is None:
-        reason = f"it rounds activations, which engines round under a fixed scale beside {layout.weights.name}"
-    return [Refusal(reason, {"activations": rule or "none"})]
+    rule, found = parse_format(known[layout.weights.name]), layout.activations
+    if found.tensor_scale is not None:
+        rule = dataclasses.replace(rule, tensor_scale=found.tensor_scale) if rule.tensor_scale else rule
+    if found == rule:
+        return []
+    return [Refusal(f"it rounds activations as {found}, the engine as {rule}", {"activations": str(rule)})]
 
 
 def bias_refusals(layout: Layout, recipe: Recipe) -> list[Refusal]:
