@@ -58,6 +58,7 @@ class Distillation:
         top_k: restrict the KL to the teacher's k most likely tokens, renormalised; None: the whole vocabulary.
         checkpointing: recompute layers in backward instead of storing their activations.
         evaluate_every: steps between measurements of KL on the held-out windows.
+        average: keep the mean of the last quarter of the steps instead of the last step (`latmix.distill.average`).
         objective: "kl", the divergence of the quantized model's distribution from the unquantized one's, or
             "cross-entropy", with the text (which needs no teacher).
         compute: "float32", or "bfloat16" for the products with activations; maps and the weights they move stay in
@@ -71,6 +72,7 @@ class Distillation:
     top_k: int | None = None
     checkpointing: bool = False
     evaluate_every: int = 20
+    average: bool = False
     objective: str = "kl"
     compute: str = COMPUTE[0]
 
@@ -122,6 +124,7 @@ class Tuning(Distillation):
 
     steps: int = 300
     lr: float = 2e-3
+    average: bool = True
     kept: tuple[str, ...] = ("gains", "embedding", "head")
     biases: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     codes: bool = True

@@ -142,9 +142,11 @@ def _layerwise(s: Sizes, recipe: Recipe, stage: Layerwise) -> tuple[int, int]:
 
 
 def _tuned(s: Sizes, recipe: Recipe) -> int:
-    """Latents with gradient, the best ones, Adam's moments and two limits, and what rounding keeps."""
-    moving = recipe.tuning is not None and recipe.tuning.codes
-    return (8 if moving else 1) * s.linears + s.linears + 2 * s.table
+    """Latents with gradient, the best and the average ones, Adam's moments and two limits, and what rounding keeps."""
+    tuning = recipe.tuning
+    if tuning is None or not tuning.codes:
+        return 2 * (s.linears + s.table)
+    return (9 + tuning.average) * s.linears + 2 * s.table
 
 
 def resident() -> int:

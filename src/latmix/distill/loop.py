@@ -5,6 +5,7 @@ the schedule and the held-out windows, and leaves the student at the step that d
 once (`answers`). Given up: schedules other than the cosine, and optimizers other than Adam.
 """
 
+import contextlib
 import copy
 import math
 import time
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from latmix import ranks, sharding
 from latmix.distill.answers import BATCH, Answers, logits_of
+from latmix.distill.average import Average, parameters
 from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.runaway import check_held_out, diverged
 from latmix.distill.snapshot import Course, Step, identity, load, save
@@ -48,7 +50,7 @@ def mean_divergence(answers: Answers, student: Student, windows: Int[Tensor, "wi
 class _Stage:
     """What stays as it is over all steps.
 
-    numbers: which windows of the caller these are. order: the rows that each step sees.
+    numbers: which windows of the caller these are. order: the rows that each step sees. average: None: none is taken.
     """
 
     student: Student
@@ -58,6 +60,7 @@ class _Stage:
     answers: Answers | None
     schedule: Distillation
     optimizer: torch.optim.Optimizer
+    average: Average | None
 
     def step(self, course: Course) -> tuple[float, float, float]:
         """Take the next step; its loss, its rate and the norm of its gradient."""
@@ -76,7 +79,13 @@ class _Stage:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.student.stepped()
+        if self.average is not None:
+            self.average.take(course.step + 1)
         return loss, rate, norm
+
+    def settled(self) -> contextlib.AbstractContextManager[object]:
+        """Within, the student is what would be kept of it."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
     def _broken(self, rows: Int[Tensor, " batch"]) -> str:
         """Which windows of a batch have a loss that is no number."""
@@ -123,11 +132,14 @@ def distill(
     used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
     ask = partial(Answers, teacher, scratch=scratch, compute=schedule.compute, progress=progress)
     answers = ask(windows[used]) if schedule.objective == "kl" else None
-    stage = _Stage(student, windows[used], used, order, answers, schedule, optimizer)
     measure = partial(mean_divergence, ask(held_out), student, held_out)
     if course is None:
         start = measure()
-        course = Course([Step(0, start, 0.0, 0.0, 0.0, start)], copy.deepcopy(student.learned.state_dict()))
+        learned = student.learned
+        first = parameters(learned) if schedule.average else {}
+        course = Course([Step(0, start, 0.0, 0.0, 0.0, start)], copy.deepcopy(learned.state_dict()), first)
+    average = Average(student.learned, course.average) if schedule.average else None
+    stage = _Stage(student, windows[used], used, order, answers, schedule, optimizer, average)
     for step in course.curve:
         on_step(step)
     keep = None if snapshot is None else partial(save, snapshot, name, course, student.learned, optimizer)
@@ -151,9 +163,12 @@ def _run(
     while course.step < stage.schedule.steps:
         loss, rate, norm = stage.step(course)
         number = course.step + 1
-        held_out = measure() if number % stage.schedule.evaluate_every == 0 or number == stage.schedule.steps else None
-        if held_out is not None and held_out < course.best:
-            course.best_state = copy.deepcopy(stage.student.learned.state_dict())
+        held_out = None
+        if number % stage.schedule.evaluate_every == 0 or number == stage.schedule.steps:
+            with stage.settled():
+                held_out = measure()
+                if held_out < course.best:
+                    course.best_state = copy.deepcopy(stage.student.learned.state_dict())
         course.curve.append(Step(number, loss, rate, norm, time.perf_counter() - began, held_out))
         on_step(course.curve[-1])
         check_held_out(course, stage.schedule)

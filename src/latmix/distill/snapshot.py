@@ -1,9 +1,9 @@
 """A learning stage on disk: everything that its next step depends on, in one file that is there whole or not at all.
 
-The order of the windows is a function of the seed and the teacher's answers are computed again, so what learned, Adam's
-moments, the best state and the curve are all there is: a stage that goes on takes the same steps, bit for bit, and
-reports the whole curve again. A file that belongs to other steps is refused by the name of what differs. Given up:
-going on with another schedule.
+The order of the windows is a function of the seed and the teacher's answers are computed again, so what learned, its
+average, Adam's moments, the best state and the curve are all there is: a stage that goes on takes the same steps, bit
+for bit, and reports the whole curve again. A file that belongs to other steps is refused by the name of what
+differs. Given up: going on with another schedule.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from latmix.rundir import written
 FREE = ("checkpointing",)
 """Keys of a schedule that change no bit of the result."""
 
-LEARNED, BEST, MOMENTS = "learned/", "best/", "adam/"  # prefixes of tensors
+LEARNED, BEST, AVERAGE, MOMENTS = "learned/", "best/", "average/", "adam/"  # prefixes of tensors
 CHECKSUM = "sha256"
 
 
@@ -52,10 +52,12 @@ class Step:
 
 @dataclass
 class Course:
-    """How far a stage has come: the steps so far, from step 0, and what had been learned at the best of them."""
+    """How far a stage has come: the steps so far, from step 0, what was kept of the best of them, and the average
+    of what they learned, empty where none is taken."""
 
     curve: list[Step]
     best_state: dict[str, Tensor]
+    average: dict[str, Tensor]
 
     @property
     def step(self) -> int:
@@ -85,6 +87,7 @@ def save(path: Path, identity: Mapping[str, Any], course: Course, learned: nn.Mo
     """
     tensors = {f"{LEARNED}{name}": tensor for name, tensor in learned.state_dict().items()}
     tensors |= {f"{BEST}{name}": tensor for name, tensor in course.best_state.items()}
+    tensors |= {f"{AVERAGE}{name}": tensor for name, tensor in course.average.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"{MOMENTS}{index}/{name}": tensor for name, tensor in moments.items()}
     curve = [dataclasses.asdict(step) for step in course.curve]
@@ -125,7 +128,7 @@ def load(path: Path, identity: Mapping[str, Any], learned: nn.Module, optimizer:
         learned.load_state_dict(_sharded(_below(LEARNED, tensors), into))
         _restore(optimizer, _below(MOMENTS, tensors))
         curve = [Step(**step) for step in json.loads(notes["curve"])]
-        return Course(curve, _sharded(_below(BEST, tensors), into))
+        return Course(curve, *(_sharded(_below(kind, tensors), into) for kind in (BEST, AVERAGE)))
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"The snapshot '{path}' cannot be read, remove it to start afresh: {error}") from error
 

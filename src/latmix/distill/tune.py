@@ -51,7 +51,7 @@ def tune(
 ) -> None:
     """Tune the free parts of a quantized model in place.
 
-    Cost: as `distill`; with codes, Adam's two moments and five more copies of every quantized weight.
+    Cost: as `distill`; with codes, Adam's two moments and six more copies of every quantized weight.
     """
     distill(Freed(model, parts, tuning), teacher, windows, held_out, tuning, seed, on_step, snapshot, progress)
 
