@@ -1,13 +1,14 @@
-"""What folding, rounding to nearest and packing cost in memory and time against the size of the model.
+"""What quantizing layer by layer costs in memory and time against the size of the model.
 
-    python benchmarks/scaling.py [--sizes 0.5B 1B 3B 8B] [--layers N] [--folder DIR] [--json FILE]
+    python benchmarks/scaling.py [--calibrated] [--sizes 0.5B 1B:12 …] [--vocabulary N] [--folder DIR] [--json FILE]
 
-Checkpoints of real shapes with random weights, in bfloat16 shards, are made once in --folder. Each is quantized by
-`block-hadamard` with `quantizer=rtn calibration.held_out=0` in a process of its own: maps folded, weights rounded,
-shards written, no activation computed. Reported: the largest resident memory that the kernel saw (VmHWM: with the pages
-of mapped files, which are the checkpoint's own and can be dropped), the largest anonymous part of it (sampled every
-20 ms: what really has to be there), seconds by stage, and the exponents p of cost ∝ size^p. The limit beside it is the
-time in which the same process reads the bytes of the checkpoint once and copies them.
+Checkpoints of real shapes with random weights, in bfloat16 shards, are made once in --folder; `1B:12` has 12 layers of
+a 1B model. Each is quantized by `block-hadamard` in a process of its own: maps folded, weights rounded to nearest,
+shards written, no activation computed; with --calibrated by GPTQ on 8 windows of 128 tokens, and measured on 8 more.
+Reported: the largest resident memory that the kernel saw (VmHWM: with the pages of mapped files, which are the
+checkpoint's own and can be dropped), the largest anonymous part of it (sampled every 20 ms: what really has to be
+there), seconds and resident memory by stage, and the exponents p of cost ∝ size^p. The limit beside it is the time in
+which the same process reads the bytes of the checkpoint once and copies them.
 """
 
 import argparse
@@ -35,25 +36,29 @@ from latmix.model.source import skeleton
 from latmix.model.tensors import Rows, Tensors, rows, write
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads; the vocabulary is Llama 3's, the head untied
+    "135M": (576, 1536, 30, 9, 3),
     "0.5B": (1024, 4096, 16, 16, 4),
     "1B": (2048, 8192, 16, 32, 8),
     "3B": (3072, 8192, 28, 24, 8),
     "8B": (4096, 14336, 32, 32, 8),
 }
 VOCABULARY, SEED, POOL = 128256, 0, 2**26
-SETTINGS = {"quantizer": "rtn", "calibration.held_out": "0", "calibration.windows": "1", "calibration.window": "32"}
+ROUNDED = {"quantizer": "rtn", "calibration.held_out": "0", "calibration.windows": "1", "calibration.window": "32"}
+CALIBRATED = {"calibration.held_out": "8", "calibration.windows": "8", "calibration.window": "128"}
 MIB = 2**20
 
 
-def make(folder: Path, size: str, depth: int | None) -> Path:
+def make(folder: Path, size: str, vocabulary: int) -> Path:
     """The checkpoint, a shard a layer; every tensor is a stretch of one pool of random numbers."""
-    hidden, intermediate, count, heads, kv = SHAPES[size]
-    path = folder / f"{size}-{depth or count}"
+    name, _, depth = size.partition(":")
+    hidden, intermediate, count, heads, kv = SHAPES[name]
+    count = int(depth or count)
+    path = folder / f"{name}-{count}-{vocabulary}"
     if (path / "config.json").exists():
         return path
     path.mkdir(parents=True, exist_ok=True)
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=depth or count,
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=count,
         num_attention_heads=heads, num_key_value_heads=kv, tie_word_embeddings=False, max_position_embeddings=8192,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(SEED)
@@ -85,7 +90,7 @@ def memory() -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
 
 
-def child(model: Path, out: Path) -> None:
+def child(model: Path, out: Path, settings: dict[str, str]) -> None:
     """One run, and what it needed, as a line of JSON."""
     peak, over = [0], threading.Event()
 
@@ -104,7 +109,7 @@ def child(model: Path, out: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    run = latmix.quantize(model, out, "block-hadamard", seed=SEED, settings=SETTINGS)
+    run = latmix.quantize(model, out, "block-hadamard", seed=SEED, settings=settings)
     seconds = time.perf_counter() - began
     over.set()
     watcher.join()
@@ -121,10 +126,10 @@ def child(model: Path, out: Path) -> None:
     print("RESULT " + json.dumps(found))
 
 
-def measure(model: Path, out: Path) -> dict[str, Any]:
+def measure(model: Path, out: Path, *flags: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
-    command = [sys.executable, __file__, "--child", str(model), str(out)]
+    command = [sys.executable, __file__, *flags, "--child", str(model), str(out)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(out)
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
@@ -142,21 +147,27 @@ def exponent(results: list[dict[str, Any]], key: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--layers", type=int, help="fewer layers than the real model has")
+    parser.add_argument(
+        "--sizes", nargs="+", default=["0.5B", "1B", "3B", "8B"], help=f"of {', '.join(SHAPES)}; 1B:12 with 12 layers"
+    )
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
+    parser.add_argument("--calibrated", action="store_true", help="GPTQ instead of rounding to nearest")
     parser.add_argument("--folder", type=Path, default=Path("scaling"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(*options.child)
+        child(*options.child, CALIBRATED if options.calibrated else ROUNDED)
         return
     results = []
     print("size    params  RSS MiB  anon MiB  seconds  read+copy   of it: stages")
     for size in options.sizes:
-        found = measure(make(options.folder, size, options.layers), options.folder / "run")
+        flags = ["--calibrated"] if options.calibrated else []
+        found = measure(make(options.folder, size, options.vocabulary), options.folder / "run", *flags)
         results.append({"size": size, **found})
-        stages = " ".join(f"{name} {seconds:.1f}" for name, seconds in found["stages"].items())
+        stages = ", ".join(
+            f"{name} {seconds:.1f} s {found['peaks'][name] / MIB:.0f} MiB" for name, seconds in found["stages"].items()
+        )
         memory_words = f"{found['resident'] / MIB:8.0f} {found['anonymous'] / MIB:9.0f}"
         print(
             f"{size:5} {found['parameters'] / 1e9:7.2f}B {memory_words} {found['seconds']:8.1f} "

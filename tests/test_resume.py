@@ -19,6 +19,7 @@ from latmix import rundir
 from latmix.errors import BusyError, DamagedError, InputError, WriteError
 from latmix.numerics import kernels
 from latmix.pipeline import restore
+from latmix.progress import Progress
 from latmix.recipe import override
 from latmix.recipes import find
 from latmix.rundir import LOCK, SUMS
@@ -139,7 +140,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on(model: Path, whole: dict[st
 def test_a_second_process_is_refused_and_disturbs_nothing(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     recipe = find("rtn")
-    with workspace(out, recipe, {"model": "m"}) as space:
+    with workspace(out, recipe, lambda: {"model": "m"}, Progress()) as space:
         (space.folder / "precious").write_text("kept")
         with pytest.raises(BusyError, match=r"Another process works in '.*run\.partial'"):
             quantize(model, out)

@@ -28,13 +28,16 @@ class Killed(BaseException):
 
 
 class Stop(Progress):
-    """Until so many batches are done."""
+    """Until so many batches are done. before: how many an earlier process did."""
 
     def __init__(self, batches: int) -> None:
-        self.left = batches
+        self.left, self.before, self._counts = batches, 0, False
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self.before, self._counts = done, name == "evaluate"
 
     def advance(self, note: str = "") -> None:
-        self.left -= 1
+        self.left -= self._counts
         if not self.left:
             raise Killed
 
@@ -88,10 +91,12 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-def stopped(evaluate: Evaluate, tmp_path: Path, after: int, **changes: object) -> Path:
-    """What is there when the process is killed after so many batches."""
+def stopped(evaluate: Evaluate, tmp_path: Path, after: int, before: int = 0, **changes: object) -> Path:
+    """What is there when the process is killed after so many batches, and so many that were there."""
+    told = Stop(after)
     with pytest.raises(Killed):
-        evaluate(progress=Stop(after), **changes)
+        evaluate(progress=told, **changes)
+    assert told.before == before
     assert not (tmp_path / "result.json").exists()
     return tmp_path / "result.json.partial"
 
@@ -103,8 +108,8 @@ def test_no_batch_is_computed_again_and_no_bit_differs(
     whole = evaluate("whole.json", **changes)
     calls, batches = len(forwards), -(-json.loads(whole)["windows"] // BATCH)
     assert batches >= 5
-    for after in (1, 4, 5):
-        stopped(evaluate, tmp_path, after, **changes)
+    for before, after in ((0, 1), (1, 3), (4, 1)):
+        stopped(evaluate, tmp_path, after, before, **changes)
     again = len(forwards)
     assert evaluate(**changes) == whole
     assert len(forwards) == 2 * calls  # as often as once without a stop

@@ -84,7 +84,8 @@ class Conversion:
             left = [index for index in range(len(self.layers)) if not (self.shards / layer_file(index)).exists()]
             left = ranks.agreed(left)
             mine = left if self._computes else ranks.mine(left)
-            progress.stage("quantize", len(mine))
+            done = len(self.layers) - len(left)
+            progress.stage("quantize", done + len(mine), done)
             for index in mine:
                 with evaluated_once(self.maps.of_layer(index)), evaluated_once(self.wide.of_layer(index)):
                     self._layer(index) if self._computes else self._linears(index)

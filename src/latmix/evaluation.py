@@ -58,7 +58,7 @@ def evaluate(
     """
     target = Path(target)
     corpus = read_text(text, separator)
-    loaded = restore(target) if is_run(target) else load(target)
+    loaded = restore(target, progress=progress) if is_run(target) else load(target)
     original = load(reference) if reference is not None else None
     if window is not None and not 2 <= window <= loaded.longest:
         raise InputError(f"A window of {window} tokens does not fit this model; choose from 2 to {loaded.longest}.")
@@ -75,19 +75,23 @@ def evaluate(
     if out is None:
         return described(score(loaded.model, cut, against, progress=progress))
     parts = [(1 if original is None else len(MEASURES), ids[:, 1:].numel()) for ids in cut.split(BATCH)]
-    with kept(Path(out), _what(loaded, original, corpus, cut), parts) as finished:
+    with kept(Path(out), _what(loaded, original, corpus, cut, progress), parts) as finished:
         result = described(score(loaded.model, cut, against, progress=progress, kept=finished))
         write_json(Path(out), dataclasses.asdict(result))
     return result
 
 
 def _what(
-    loaded: Loaded, original: Loaded | None, corpus: Corpus, cut: Int[Tensor, "windows window"]
+    loaded: Loaded,
+    original: Loaded | None,
+    corpus: Corpus,
+    cut: Int[Tensor, "windows window"],
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """What decides every bit of the result. Cost: one pass over the files of a model that is no run."""
     return {
-        "model": _content(loaded),
-        "reference": original and _content(original),
+        "model": _content(loaded, progress),
+        "reference": original and _content(original, progress),
         "text": corpus.digest,
         "separator": corpus.separator,
         "window": cut.shape[1],
@@ -97,6 +101,6 @@ def _what(
     }
 
 
-def _content(loaded: Loaded) -> str:
+def _content(loaded: Loaded, progress: Progress | None) -> str:
     """A run's files are those that its checksums list: opening it has compared them."""
-    return digest(loaded.path / SUMS) if is_run(loaded.path) else open_source(loaded.path).digest()
+    return digest(loaded.path / SUMS) if is_run(loaded.path) else open_source(loaded.path).digest(progress)

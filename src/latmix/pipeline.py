@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,10 @@ def quantize(
         if not ranks.agreed(None):
             _convert(task, tokenizer, recipe, space, Stages(), Progress())
         raise SystemExit(0)
-    with workspace(out, recipe, _inputs(task, corpus)) as space:
+    told = Logged(progress or Progress(), partial_of(out) / LOG)
+    with workspace(out, recipe, partial(_inputs, task, corpus, told), told) as space:
         if not ranks.agreed((space.folder / SUMMARY).exists()):
             stages = Stages(space.work / "stages.json")
-            told = Logged(progress or Progress(), space.folder / LOG)
             found = _convert(task, tokenizer, recipe, space, stages, told)
             summary = {
                 "recipe": recipe.digest,
@@ -115,11 +116,11 @@ def quantize(
     return Run(out, recipe, read_json(out / SUMMARY))
 
 
-def _inputs(task: Task, corpus: Corpus) -> dict[str, str]:
+def _inputs(task: Task, corpus: Corpus, progress: Progress) -> dict[str, str]:
     """What a run is made from, by content. The windows too: another tokenizer makes others."""
     windows = torch.cat([task.taught, task.held_out]).numpy().tobytes()
     return {
-        "model": task.source.digest(),
+        "model": task.source.digest(progress),
         "calibration": corpus.digest,
         "tokens": hashlib.sha256(windows).hexdigest(),
         "device": pick_device().type,
@@ -168,12 +169,12 @@ def _convert(
     }
 
 
-def restore(path: Path, rounded: bool = True) -> Loaded:
+def restore(path: Path, rounded: bool = True, progress: Progress | None = None) -> Loaded:
     """The model of a run, weights decoded, activations quantized as in the run, or with `rounded=False` left alone.
 
     Raises: LatmixError: the run is damaged.
     """
-    tensors = checkpoint.checked(path)
+    tensors = checkpoint.checked(path, progress)
     recipe = recipes.find(str(path / RECIPE))
     activations = parse_format(recipe.activations)
     loaded = checkpoint.restore(path, tensors, parse_format(recipe.weights))

@@ -10,18 +10,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from latmix.errors import BusyError, DamagedError, InputError, WriteError
+from latmix.progress import Progress
 from latmix.typed import parsed
 
 RECIPE, SUMMARY, TRANSFORMS = "recipe.json", "summary.json", "transforms.safetensors"
 METRICS, TUNING = "metrics.jsonl", "tuning.jsonl"  # the curves of the two learning stages
 INPUTS, LOG = "inputs.json", "log.txt"  # what the run is made from, by content; when it did what
 SUMS = "SHA256SUMS"  # of a finished folder (`latmix.seal`)
+READ = 2**20  # bytes of a file in memory while its checksum is taken
 LOCK, JOURNAL = "lock", "latmix.journal"  # held by who works in a folder; checksums of what was written there so far
 
 
@@ -158,10 +160,22 @@ def read_json(path: Path) -> Any:
         raise DamagedError(f"'{path}' cannot be read as JSON: {error}.") from error
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest(path: Path, read: Callable[[], object] = lambda: None) -> str:
+    """SHA-256 of a file. read: called after every `READ` bytes."""
+    found = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(READ):
+            found.update(piece)
+            read()
+    return found.hexdigest()
+
+
+def digests(files: Collection[Path], progress: Progress | None = None, stage: str = "") -> dict[Path, str]:
+    """SHA-256 of files. progress: told of every MiB, in a stage of that name."""
+    progress = progress or Progress()
+    if files:
+        progress.stage(f"{stage}, MiB", sum(-(-file.stat().st_size // READ) for file in files))
+    return {file: digest(file, progress.advance) for file in files}
 
 
 def is_run(path: Path) -> bool:

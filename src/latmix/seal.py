@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from latmix.errors import DamagedError
-from latmix.rundir import JOURNAL, SUMS, digest, read_json, write_text
+from latmix.progress import Progress
+from latmix.rundir import JOURNAL, LOG, SUMS, digest, digests, read_json, write_text
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, progress: Progress | None = None) -> None:
     """Cost: one pass over the files. Raises: WriteError: the file cannot be written."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != SUMS)
-    write_text(folder / SUMS, "".join(f"{digest(file)}  {file.name}\n" for file in files))
+    files = [file for file in folder.iterdir() if file.is_file() and file.name != SUMS]
+    sums = digests([file for file in files if file.name != LOG], progress, "seal")
+    sums |= {file: digest(file) for file in files if file.name == LOG}  # last: it takes what is told of the others
+    write_text(folder / SUMS, "".join(f"{sums[file]}  {file.name}\n" for file in sorted(files)))
 
 
 def rewrite(file: Path, text: str) -> None:
@@ -38,7 +41,7 @@ def rewrite(file: Path, text: str) -> None:
     write_text(sums, "".join([*(old for old in lines if not old.endswith(own)), line]))
 
 
-def check(folder: Path, names: Collection[str] | None = None) -> None:
+def check(folder: Path, names: Collection[str] | None = None, progress: Progress | None = None) -> None:
     """These files of a sealed folder, all that are listed unless given, are as they were, or were never there.
 
     Cost: one pass over them.
@@ -46,13 +49,15 @@ def check(folder: Path, names: Collection[str] | None = None) -> None:
     Raises: DamagedError: one is missing, has changed, or is there and not listed; names it.
     """
     sums, files = listed(folder), {file.name: file for file in folder.iterdir() if file.is_file()}
-    for name in sorted(sums if names is None else names):
+    names = sorted(sums if names is None else names)
+    for name in names:
         if name in sums and name not in files:
             raise DamagedError(f"'{folder}' is incomplete: '{name}' is missing ({SUMS} lists it).")
         if name in files and name not in sums:
             raise DamagedError(f"'{folder}' holds '{name}', which {SUMS} does not list.")
-        if name in files and digest(files[name]) not in sums[name]:
-            raise DamagedError(f"'{files[name]}' is damaged: its SHA-256 is not the one in {SUMS}.")
+    for file, found in digests([files[name] for name in names if name in files], progress, "check").items():
+        if found not in sums[file.name]:
+            raise DamagedError(f"'{file}' is damaged: its SHA-256 is not the one in {SUMS}.")
 
 
 def listed(folder: Path) -> Mapping[str, set[str]]:
@@ -85,15 +90,16 @@ def noted(folder: Path) -> Mapping[str, set[str]]:
     return found
 
 
-def compare_noted(folder: Path) -> None:
+def compare_noted(folder: Path, progress: Progress | None = None) -> None:
     """Each file that was noted is one of those that were written under its name: of a file that is written again, the
     one before stands there until the new one has the name.
 
     Raises: DamagedError: it is not; names it.
     """
     checksums = noted(folder)
-    for file in filter(Path.is_file, folder.rglob("*")):
-        if (known := checksums.get(str(file.relative_to(folder)))) and digest(file) not in known:
+    names = {file: str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    for file, found in digests([file for file in names if names[file] in checksums], progress, "check").items():
+        if found not in checksums[names[file]]:
             raise DamagedError(f"'{file}' is not what was written there; remove '{folder}' and begin again.")
 
 

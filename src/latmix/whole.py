@@ -66,7 +66,7 @@ def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> 
         write_json(space.work / BEFORE, change.mean)
     learn_layers(attached, teacher, task.taught, recipe, progress)
     if recipe.learning is not None and maps.learned():
-        with _curve(space, METRICS, LEARN, recipe.learning.steps, progress) as record:
+        with _curve(space, METRICS) as record:
             arguments = (recipe.learning, recipe.seed, record, space.snapshot(LEARN), progress)
             learn(attached, teacher, task.taught, task.held_out, *arguments)
 
@@ -80,7 +80,7 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
         stored.fill_tables(student, arch)
         parts = free(student, arch, _filling(task, student, stored, tuning), tuning)
         quantize_inputs(student, arch, task.maps, task.activations)
-        with _curve(space, TUNING, TUNE, tuning.steps, progress) as record:
+        with _curve(space, TUNING) as record:
             arguments = (tuning, recipe.seed, record, space.snapshot(TUNE), progress)
             tune(student, parts, teacher, task.taught, task.held_out, *arguments)
         _write(task, student, parts, stored, space.folder)
@@ -137,22 +137,14 @@ def _write(task: Task, student: PreTrainedModel, parts: Free, stored: checkpoint
 
 
 @contextmanager
-def _curve(space: Workspace, name: str, stage: str, steps: int, progress: Progress) -> Iterator[Callable[[Step], None]]:
-    """Where a learning stage reports its steps: the progress, and a line each in a file that grows in `work` and is the
-    run's when it is whole. A stage that goes on writes it again, from its snapshot."""
+def _curve(space: Workspace, name: str) -> Iterator[Callable[[Step], None]]:
+    """Where a learning stage reports its steps: a line each in a file that grows in `work` and is the run's when it is
+    whole. A stage that goes on writes it again, from its snapshot."""
     if not ranks.first():
         yield lambda step: None
         return
     growing = space.work / name
     with growing.open("w", encoding="utf-8") as metrics:
-
-        def record(step: Step) -> None:
-            metrics.write(json.dumps(dataclasses.asdict(step)) + "\n")
-            if not step.step:
-                progress.stage(stage, steps)
-            else:
-                progress.advance("" if step.held_out is None else f"held-out KL {step.held_out:.4f}")
-
-        yield record
+        yield lambda step: print(json.dumps(dataclasses.asdict(step)), file=metrics)
     with written(space.folder / name) as temporary:
         shutil.copyfile(growing, temporary)

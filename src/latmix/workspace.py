@@ -9,7 +9,7 @@ run, and file systems without flock.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 from latmix.errors import DamagedError, DivergedError, InputError, LatmixError, WriteError
+from latmix.progress import Progress
 from latmix.recipe import Recipe
 from latmix.rundir import (
     INPUTS,
     JOURNAL,
     LOCK,
+    LOG,
     RECIPE,
     flush,
     locked,
@@ -75,11 +77,14 @@ class Workspace:
 
 
 @contextmanager
-def workspace(out: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> Iterator[Workspace]:
+def workspace(
+    out: Path, recipe: Recipe, inputs: Callable[[], Mapping[str, Any]], progress: Progress
+) -> Iterator[Workspace]:
     """The run in the making, new or gone on with; when the block ends well, it has become `out`.
 
     Where the block fails all is kept, unless no stage that takes long has begun: then nothing is left behind.
-    inputs: what the run is made from, by content.
+    inputs: what the run is made from, by content; asked once nobody else works here.
+    progress: told of what is read for checksums.
 
     Raises: LatmixError: `out` exists, another process works on it, what is there is of another recipe or of other
         inputs, or it cannot be written.
@@ -90,7 +95,7 @@ def workspace(out: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> Iterator[
         space.work.mkdir(parents=True, exist_ok=True)
         with locked(space.folder):
             partial_of(out)  # whoever had the lock may have finished
-            _identify(space, recipe, inputs)
+            _identify(space, recipe, inputs, progress)
             try:
                 yield space
             except LatmixError as error:
@@ -103,29 +108,32 @@ def workspace(out: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> Iterator[
             shutil.rmtree(space.work)
             for name in (JOURNAL, LOCK):
                 (space.folder / name).unlink()
-            seal(space.folder)
+            seal(space.folder, progress)
             os.replace(space.folder, out)
             flush(out.parent)
     except OSError as error:
         raise WriteError(f"Cannot write to '{space.folder}': {error.strerror or error}. {kept}") from error
 
 
-def _identify(space: Workspace, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
+def _identify(space: Workspace, recipe: Recipe, inputs: Callable[[], Mapping[str, Any]], progress: Progress) -> None:
     """Note what the run is made from, or compare it with what is noted."""
-    folder, now = space.folder, {"recipe": json.loads(recipe.to_json()), **inputs}
+    folder = space.folder
+    strange = sorted({path.name for path in folder.iterdir()} - {LOCK, JOURNAL, WORK, RECIPE, LOG})
+    if strange and not (folder / INPUTS).exists():
+        raise DamagedError(f"'{folder}' holds '{strange[0]}' but no {INPUTS}: it is no run of latmix; remove it first.")
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink()
-    compare_noted(folder)
+    compare_noted(folder, progress)
     (folder / JOURNAL).touch()
+    found = inputs()
     if (folder / INPUTS).exists():
+        now = {"recipe": json.loads(recipe.to_json()), **found}
         noted = {"recipe": read_json(folder / RECIPE), **read_json(folder / INPUTS)}
         _compare(space, noted, now)
         if noted == now:
             return
-    elif strange := sorted({path.name for path in folder.iterdir()} - {LOCK, JOURNAL, WORK, RECIPE}):
-        raise DamagedError(f"'{folder}' holds '{strange[0]}' but no {INPUTS}: it is no run of latmix; remove it first.")
     write_text(folder / RECIPE, recipe.to_json() + "\n")
-    write_json(folder / INPUTS, inputs)
+    write_json(folder / INPUTS, found)
 
 
 def _compare(space: Workspace, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:

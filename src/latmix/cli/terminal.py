@@ -1,24 +1,16 @@
 """What commands share: progress bars, tables of scores, --set."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import rich
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
 from latmix.errors import InputError
-from latmix.progress import Progress
+from latmix.progress import Pace, Progress
 
 
 def score_table(title: str, scores: Mapping[str, Any]) -> Table:
@@ -37,27 +29,19 @@ def settings(pairs: list[str], flag: str = "--set") -> dict[str, str]:
     return dict((pair.partition("=")[0], pair.partition("=")[2]) for pair in pairs)
 
 
-class Pace(ProgressColumn):
-    """Seconds that a unit takes."""
-
-    def render(self, task: Task) -> str:
-        speed = task.finished_speed or task.speed
-        return f"{1 / speed:.3g} s each" if speed else ""
-
-
 class TerminalProgress(Progress):
-    """One bar a stage, on standard error."""
+    """One bar a stage, on standard error.
+
+    Time left is by `Pace`: rich's own column forgets what is half a minute old, and says nothing of longer units.
+    """
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Bar(
-            *columns,
-            TimeRemainingColumn(),
-            Pace(Column(no_wrap=True)),
-            TextColumn("{task.fields[note]}"),
-            console=rich.console.Console(stderr=True),
-        )
+        pace = TextColumn("{task.fields[pace]}", table_column=Column(no_wrap=True))
+        note = TextColumn("{task.fields[note]}")
+        self._bar = Bar(*columns, pace, note, console=rich.console.Console(stderr=True))
         self._task: TaskID | None = None
+        self._pace, self._note = Pace(0), ""
 
     def __enter__(self) -> "TerminalProgress":
         self._bar.start()
@@ -66,11 +50,13 @@ class TerminalProgress(Progress):
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def stage(self, name: str, total: int) -> None:
-        self._task = self._bar.add_task(name, total=total, note="")
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self._task = self._bar.add_task(name, total=total, completed=done, note="", pace="")
+        self._pace, self._note = Pace(total, done), ""
 
     def advance(self, note: str = "") -> None:
         assert self._task is not None
-        if note:
-            self._bar.update(self._task, note=note)
-        self._bar.advance(self._task)
+        self._note, pace = note or self._note, self._pace
+        pace.advance()
+        words = f"{timedelta(seconds=round(pace.left))} left, {pace.each:.3g} s each"
+        self._bar.update(self._task, advance=1, pace=words, note=self._note)

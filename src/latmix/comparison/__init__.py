@@ -88,12 +88,10 @@ def compare(
     before = {cell.folder for cell in planned if cell.finished}
     out.mkdir(parents=True, exist_ok=True)
     progress = Logged(progress, out / LOG) if launched_first() else Progress()
-    progress.stage("cells", len(planned))
+    progress.stage("cells", len(planned), len(before))
 
     def done(cell: Cell) -> None:
-        if cell.folder in before:
-            progress.advance()
-        else:
+        if cell.folder not in before:
             progress.advance(f"{cell.name}, seed {cell.seed}: {'done' if cell.finished else 'failed'}")
             _write(planned, out, head)
 

@@ -113,7 +113,7 @@ def distill(
 
     snapshot: where the stage is kept while it runs, for the next call to go on from; its folder also takes the
         teacher's answers. Steps taken before are reported to `on_step` again. None: nothing is written.
-    progress: of asking the teacher.
+    progress: told of asking the teacher, and of every step that is taken here.
 
     Where several processes learn together (`ranks`), all call this alike and see the snapshot's folder.
 
@@ -142,10 +142,12 @@ def distill(
     stage = _Stage(student, windows[used], used, order, answers, schedule, optimizer, average)
     for step in course.curve:
         on_step(step)
+    progress = progress or Progress()
+    progress.stage(schedule.key, schedule.steps, course.step)
     keep = None if snapshot is None else partial(save, snapshot, name, course, student.learned, optimizer)
     try:
         _prepare(student.model, schedule)
-        _run(stage, course, measure, on_step, keep)
+        _run(stage, course, measure, on_step, progress, keep)
     finally:
         student.learned.load_state_dict(course.best_state)
         student.model.eval()
@@ -156,6 +158,7 @@ def _run(
     course: Course,
     measure: Callable[[], float],
     on_step: Callable[[Step], None],
+    progress: Progress,
     keep: Callable[[], None] | None,
 ) -> None:
     """All steps that are left."""
@@ -171,6 +174,7 @@ def _run(
                     course.best_state = copy.deepcopy(stage.student.learned.state_dict())
         course.curve.append(Step(number, loss, rate, norm, time.perf_counter() - began, held_out))
         on_step(course.curve[-1])
+        progress.advance("" if held_out is None else f"held-out KL {held_out:.4f}")
         check_held_out(course, stage.schedule)
         if keep is not None and (held_out is not None or ranks.agreed(time.perf_counter() - kept > KEEP_EVERY)):
             keep()

@@ -61,17 +61,16 @@ def score(
 ) -> Scores:
     """Cost: one forward of the model, and of the reference, per window, but for what is `kept` already."""
     scoring, batches, progress = Scoring(windows), windows.to(model.device).split(batch), progress or Progress()
-    progress.stage("evaluate", len(batches))
-    known = iter(kept.known if kept else ())
-    for ids in batches:
-        if (found := next(known, None)) is not None:
-            scoring.put(found)
-        else:
-            got = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            expected = None if reference is None else reference(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            scoring.add(got, expected)
-            if kept:
-                kept.add(scoring.last)
+    known = kept.known if kept else ()
+    for found in known:
+        scoring.put(found)
+    progress.stage("evaluate", len(batches), len(known))
+    for ids in batches[len(known) :]:
+        got = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        expected = None if reference is None else reference(ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        scoring.add(got, expected)
+        if kept:
+            kept.add(scoring.last)
         progress.advance()
     return scoring.scores()
 

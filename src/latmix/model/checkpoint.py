@@ -26,6 +26,7 @@ from latmix.model.parts import layers, linear
 from latmix.model.source import pick_device, read_arch, read_config, skeleton
 from latmix.model.tensors import Rows, Tensors, rows, write
 from latmix.numerics import BlockFormat, Quantized, decode, pack, unpack
+from latmix.progress import Progress
 from latmix.rundir import written
 from latmix.seal import check, listed
 
@@ -121,13 +122,13 @@ def describe(model: PreTrainedModel, tokenizer: transformers.PreTrainedTokenizer
         raise WriteError(f"Cannot write to '{folder}': {error}.") from error
 
 
-def checked(run: Path) -> Tensors:
+def checked(run: Path, progress: Progress | None = None) -> Tensors:
     """The tensors of a finished run, to be read one at a time. Cost: one pass over its files.
 
     Raises: DamagedError: a file is missing, cut short, changed or strange.
     """
     files = sorted(run.glob(EVERY))
-    check(run, {*listed(run), *(file.name for file in files)})
+    check(run, {*listed(run), *(file.name for file in files)}, progress)
     return Tensors.of(files)
 
 

@@ -27,7 +27,8 @@ from latmix.errors import DamagedError, InputError
 from latmix.model.shards import stored_tensors
 from latmix.model.sizes import check_config
 from latmix.model.tensors import FLOATS, Tensors
-from latmix.rundir import digest, read_json
+from latmix.progress import Progress
+from latmix.rundir import digests, read_json
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,13 @@ class Source:
         finally:
             empty(module)
 
-    def digest(self) -> str:
+    def digest(self, progress: Progress | None = None) -> str:
         """SHA-256 of the config, of which file each tensor is in, and of those files: a model that was trained further
         under the same name is another model. Cost: one pass over all of them, a second for a gigabyte or two."""
         config = read_json(self.path / "config.json")
         places = {name: stored.shard.name for name, stored in self.tensors.stored.items()}
-        shards = {shard.name: digest(shard) for shard in {stored.shard for stored in self.tensors.stored.values()}}
+        files = sorted({stored.shard for stored in self.tensors.stored.values()})
+        shards = {file.name: found for file, found in digests(files, progress, "read the model").items()}
         return hashlib.sha256(json.dumps([config, places, shards], sort_keys=True).encode()).hexdigest()
 
 
