@@ -51,12 +51,24 @@ def sharded(model):
     return model
 
 
+def in_parts():
+    return sharded(teacher())
+
+
 def learned(folder: Path, name: str, take: Take) -> dict[str, Tensor]:
     attached = student_of(sharded(teacher()), "qr", weights=True, share=lambda model: sharded(teacher()))
     perturb(attached.maps, 0.1)  # with nothing rounded, only maps that are no rotations have something to learn
-    model = sharded(teacher())
     with nullcontext() if name == "rounded" else attached.unquantized():
-        learn(attached, model, WINDOWS[:8], WINDOWS[8:11], LEARNING, 0, take, folder / f"{name}.snapshot")
+        learn(
+            attached,
+            in_parts,
+            WINDOWS[:8],
+            WINDOWS[8:11],
+            LEARNING,
+            0,
+            take,
+            folder / f"{name}.snapshot",
+        )
     held = sum(sharding.held(parameter).numel() for parameter in attached.model.parameters())
     (folder / f"{name}.held.{ranks.rank()}").write_text(str(held))
     return attached.maps.state_dict()
@@ -69,7 +81,7 @@ def tuned(folder: Path, take: Take) -> dict[str, Tensor]:
     unrounded = {path: model.get_parameter(f"{path}.weight") for path in quantized}
     parts = free_parts(student, LLAMA, quantized, unrounded, TUNING)
     quantize_inputs(student, LLAMA, build_maps(LLAMA, model.config, {}, {}, block=32, seed=0), FORMAT)
-    tune(student, parts, sharded(teacher()), WINDOWS[:8], WINDOWS[:3], TUNING, 0, take, folder / "tuned.snapshot")
+    tune(student, parts, in_parts, WINDOWS[:8], WINDOWS[:3], TUNING, 0, take, folder / "tuned.snapshot")
     held = sum(sharding.held(tensor).numel() for tensor in [*parts.latents.values(), *student.buffers()])
     (folder / f"tuned.held.{ranks.rank()}").write_text(str(held))
     codes = {path: q.codes for path, q in codes_of(parts, LLAMA, 2).items()}

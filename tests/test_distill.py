@@ -52,7 +52,7 @@ def teacher():
 def run(spec: str, learning: Learning, *, weights: bool = False) -> tuple[Attached, list[Step]]:
     model = teacher()
     attached, curve = student_of(model, spec, weights=weights), []
-    learn(attached, model, WINDOWS[:8], WINDOWS[8:], learning, 0, curve.append)
+    learn(attached, lambda: model, WINDOWS[:8], WINDOWS[8:], learning, 0, curve.append)
     return attached, curve
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import latmix
-from latmix import sharding
+from latmix import sharding, whole
 from latmix.model import spread
+from latmix.model.source import Source
+from latmix.progress import Progress
 from tests.ranks import LEARNING, RUNS, WINDOW, all_parts
 from tests.test_pipeline import save_tiny
 from tests.test_resume import content
@@ -104,16 +107,38 @@ def test_two_quantize_to_the_same_bytes_as_one(name: str, one: Path, two: Path) 
     assert content(two / name) == content(one / name)
 
 
+@pytest.mark.parametrize(("recipe", "stage", "held"), [("latmix-qr", "learning", 1), ("latmix-plus", "tuning", 0)])
 def test_layers_that_wait_in_the_cpus_memory_learn_the_same(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, stage: str, held: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU they have nowhere else to be: that memory is saved, it does not show."""
-    settings = WINDOW | {"calibration.held_out": "4", "learning.steps": "2", "learning.checkpointing": "true"}
-    plain = latmix.quantize(model, tmp_path / "plain", "latmix-qr", seed=0, settings=settings)
-    monkeypatch.setattr(spread, "too_large", lambda source: True)
-    monkeypatch.setattr(spread, "shard", offloaded := Mock(side_effect=sharding.shard))
-    waiting = latmix.quantize(model, tmp_path / "waiting", "latmix-qr", seed=0, settings=settings)
-    assert [call.args[1] for call in offloaded.call_args_list] == [True] * 4  # two layers of teacher and student
+    """On a CPU they have nowhere else to be: that memory is saved, it does not show. held: frozen models that are still
+    there while steps are taken, of the student and not of the teacher."""
+    settings = WINDOW | {"calibration.held_out": "4", f"{stage}.steps": "2", f"{stage}.checkpointing": "true"}
+    plain = latmix.quantize(model, tmp_path / "plain", recipe, seed=0, settings=settings)
+    made: list[weakref.ref[object]] = []
+    alive: set[int] = set()
+
+    def spread_one(source: Source) -> object:
+        found = spread.spread(source)
+        made.append(weakref.ref(found))
+        return found
+
+    class Watch(Progress):
+        def stage(self, name: str, total: int, done: int = 0) -> None:
+            self.name = name
+
+        def advance(self, note: str = "") -> None:
+            if self.name == stage:
+                alive.add(sum(model() is not None for model in made))
+
+    for place in (spread, whole):
+        monkeypatch.setattr(place, "too_large", lambda *_: True)
+    monkeypatch.setattr(whole, "spread", spread_one)
+    offloaded = Mock(side_effect=sharding.shard)
+    monkeypatch.setattr(spread, "shard", offloaded)
+    waiting = latmix.quantize(model, tmp_path / "waiting", recipe, seed=0, settings=settings, progress=Watch())
+    assert [call.args[1] for call in offloaded.call_args_list] == [True] * 4  # two layers of two models
+    assert alive == {held}
     assert content(waiting.path) == content(plain.path)
 
 

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,10 +24,10 @@ from latmix.model import checkpoint
 from latmix.model.attach import attach
 from latmix.model.fit import fit_maps
 from latmix.model.fold import absorb_layer, fold_layer
-from latmix.model.free import Filled, Free, free
+from latmix.model.free import KEEPING, MOVING, Filled, Free, free
 from latmix.model.inputs import quantize_inputs
 from latmix.model.parts import layers, linear
-from latmix.model.spread import spread
+from latmix.model.spread import spread, too_large
 from latmix.model.tensors import Tensors
 from latmix.progress import Progress
 from latmix.recipe import Recipe, Tuning
@@ -53,7 +54,7 @@ def learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) ->
 
 
 def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> None:
-    """Learning couples all layers: the whole model is in memory, and gone afterwards."""
+    """Learning couples all layers: the whole model is in memory, and gone afterwards; a teacher in parts, before."""
     teacher, arch, maps = spread(task.source), task.source.arch, task.maps
     student = spread(task.source) if sharding.is_sharded(teacher) else checkpoint.share(teacher)
     taught_by = recipe.learning or recipe.layerwise
@@ -65,31 +66,34 @@ def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> 
     if ranks.first():
         write_json(space.work / BEFORE, change.mean)
     learn_layers(attached, teacher, task.taught, recipe, progress)
+    lent = [teacher]
+    del teacher
     if recipe.learning is not None and maps.learned():
         with _curve(space, METRICS) as record:
             arguments = (recipe.learning, recipe.seed, record, space.snapshot(LEARN), progress)
-            learn(attached, teacher, task.taught, task.held_out, *arguments)
+            learn(attached, lent.pop, task.taught, task.held_out, *arguments)
 
 
 def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> Scores:
     """Tune the quantized model of `work` as a whole, write it to the run's folder, and measure it."""
-    arch, teacher, tuning = task.source.arch, spread(task.source), recipe.tuning
+    source, arch, tuning, share = task.source, task.source.arch, recipe.tuning, 1 / ranks.world()
     assert tuning is not None
     if not ranks.agreed((space.folder / checkpoint.HEAD).exists()):
-        student, stored = task.source.skeleton(), _stored(task, space.work)
+        student, stored = source.skeleton(), _stored(task, space.work)
         stored.fill_tables(student, arch)
-        parts = free(student, arch, _filling(task, student, stored, tuning), tuning)
+        offload = too_large(source, share * (MOVING + tuning.average if tuning.codes else KEEPING))
+        parts = free(student, arch, _filling(task, student, stored, tuning), tuning, offload)
         quantize_inputs(student, arch, task.maps, task.activations)
         with _curve(space, TUNING) as record:
             arguments = (tuning, recipe.seed, record, space.snapshot(TUNE), progress)
-            tune(student, parts, teacher, task.taught, task.held_out, *arguments)
+            tune(student, parts, partial(spread, source), task.taught, task.held_out, *arguments)
         _write(task, student, parts, stored, space.folder)
         del student, parts
-    model = task.source.skeleton()
-    checkpoint.assemble(model, arch, _stored(task, space.folder), sharding.shard)
+    model, shard = source.skeleton(), partial(sharding.shard, offload=too_large(source, 2 * share))
+    checkpoint.assemble(model, arch, _stored(task, space.folder), shard)
     sharding.join_layers(model.base_model)
     quantize_inputs(model, arch, task.maps, task.activations)
-    return score(model, task.held_out, teacher, progress=progress)
+    return score(model, task.held_out, spread(source), progress=progress)
 
 
 def _stored(task: Task, shards: Path) -> checkpoint.Stored:

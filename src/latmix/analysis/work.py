@@ -19,8 +19,9 @@ import transformers
 
 from latmix.eval.heldout import LOGITS
 from latmix.model.calibrate import BATCH
+from latmix.model.free import KEEPING, MOVING
 from latmix.model.tensors import PIECE
-from latmix.recipe import Distillation, Layerwise, Recipe
+from latmix.recipe import Distillation, Layerwise, Recipe, Tuning
 from latmix.registry import parse_spec
 from latmix.weights import parse_quantizer
 
@@ -116,17 +117,19 @@ def _conversion(s: Sizes, recipe: Recipe) -> tuple[dict[str, int], dict[str, int
 
 
 def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
-    """The same for a stage that holds the whole model: teacher, and what of the student is not the teacher's."""
+    """The same for a stage that holds the whole model: what is there of the teacher, and of the student alone."""
     window = min(recipe.calibration.window, s.longest)
     batch = math.ceil(stage.batch / stage.accumulation) * window
-    learning = stage is recipe.learning
-    widths, ffn = LEARN if learning else TUNE
+    widths, ffn = TUNE if isinstance(stage, Tuning) else LEARN
     kept = 0 if stage.checkpointing else batch * s.layers * (widths * s.hidden + ffn * s.intermediate)
     answers = (recipe.calibration.windows + recipe.calibration.held_out) * window * s.hidden
     # what is made of the linears and the head under the maps, of the embedding in the rows at hand
     moved = 3 if recipe.learning is not None and recipe.learning.weights else 2  # rounded too, or not
-    own = moved * s.linears + (s.table if recipe.folded else 0) if learning else _tuned(s, recipe)
-    values = s.linears + 2 * s.table + own + kept + answers + LEARNED[stage.objective] * batch * s.vocabulary
+    own = moved * s.linears + (s.table if recipe.folded else 0)
+    teacher = s.linears + 2 * s.table
+    if isinstance(stage, Tuning):
+        teacher, own = s.table, _tuned(s, stage)  # asked and gone, but for its head
+    values = teacher + own + kept + answers + LEARNED[stage.objective] * batch * s.vocabulary
     # teacher 2, student 6 a weight and token; rounding as much
     return FULL * values, 2 * 8 * (s.linears + s.table) * stage.steps * stage.batch * window
 
@@ -141,12 +144,13 @@ def _layerwise(s: Sizes, recipe: Recipe, stage: Layerwise) -> tuple[int, int]:
     return FULL * values, 2 * 8 * s.linears * stage.epochs * seen
 
 
-def _tuned(s: Sizes, recipe: Recipe) -> int:
-    """Latents with gradient, the best and the average ones, Adam's moments and two limits, and what rounding keeps."""
-    tuning = recipe.tuning
-    if tuning is None or not tuning.codes:
-        return 2 * (s.linears + s.table)
-    return (9 + tuning.average) * s.linears + 2 * s.table
+def _tuned(s: Sizes, tuning: Tuning) -> int:
+    """Of the student: its linears, and what their rounding keeps for backward; the tables, those that learn with their
+    gradient, best value, Adam's moments and perhaps their average."""
+    tables = sum(part in tuning.kept for part in ("embedding", "head"))
+    rounding = 0 if tuning.checkpointing else 2
+    linears = MOVING + tuning.average + rounding if tuning.codes else KEEPING
+    return linears * s.linears + (2 + (4 + tuning.average) * tables) * s.table
 
 
 def resident() -> int:

@@ -5,9 +5,12 @@ as small as a list of the thousand likeliest tokens, and gives the whole distrib
 head is applied again at each use. Given up: the head's share of the teacher's forward, a few per cent for large models.
 """
 
+import gc
 import math
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +21,7 @@ from transformers import PreTrainedModel
 from latmix import ranks
 from latmix.errors import FailedError, WriteError
 from latmix.progress import Progress
-from latmix.recipe import COMPUTE
+from latmix.recipe import COMPUTE, Distillation
 
 BATCH = 8  # windows in a forward
 
@@ -71,6 +74,23 @@ class Answers:
         device = self._head.weight.device
         with computing(device, self.compute):
             return _wide(self._head(self._hidden[rows].to(device)))
+
+
+def asked(
+    teacher: Callable[[], PreTrainedModel],
+    windows: Int[Tensor, "learn window"],
+    held_out: Int[Tensor, "held_out window"],
+    schedule: Distillation,
+    scratch: Path | None,
+    progress: Progress | None,
+) -> tuple[Answers | None, Answers]:
+    """The answers to the windows that are learned from, if the objective needs them, and to the held-out ones; then the
+    teacher is gone, unless somebody else holds it."""
+    ask = partial(Answers, teacher(), scratch=scratch, compute=schedule.compute, progress=progress)
+    found = ask(windows) if schedule.objective == "kl" else None, ask(held_out)
+    del ask
+    gc.collect()  # a model in parts is full of cycles
+    return found
 
 
 def logits_of(

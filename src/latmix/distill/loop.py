@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix import ranks, sharding
-from latmix.distill.answers import BATCH, Answers, logits_of
+from latmix.distill.answers import BATCH, Answers, asked, logits_of
 from latmix.distill.average import Average, parameters
 from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.runaway import check_held_out, diverged
@@ -100,7 +100,7 @@ class _Stage:
 
 def distill(
     student: Student,
-    teacher: PreTrainedModel,
+    teacher: Callable[[], PreTrainedModel],
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
     schedule: Distillation,
@@ -111,6 +111,7 @@ def distill(
 ) -> None:
     """Learn in place, leaving the student at its best held-out step (step 0, untouched, included).
 
+    teacher: called once, when it is to be asked: unless somebody else holds it, it is gone before the first step.
     snapshot: where the stage is kept while it runs, for the next call to go on from; its folder also takes the
         teacher's answers. Steps taken before are reported to `on_step` again. None: nothing is written.
     progress: told of asking the teacher, and of every step that is taken here.
@@ -130,9 +131,8 @@ def distill(
     course = None if snapshot is None else load(snapshot, name, student.learned, optimizer)
     scratch = None if snapshot is None else snapshot.parent
     used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
-    ask = partial(Answers, teacher, scratch=scratch, compute=schedule.compute, progress=progress)
-    answers = ask(windows[used]) if schedule.objective == "kl" else None
-    measure = partial(mean_divergence, ask(held_out), student, held_out)
+    answers, others = asked(teacher, windows[used], held_out, schedule, scratch, progress)
+    measure = partial(mean_divergence, others, student, held_out)
     if course is None:
         start = measure()
         learned = student.learned

@@ -45,7 +45,7 @@ def volume(maps: nn.Module) -> Tensor:
 
 def learn(
     attached: Attached,
-    teacher: PreTrainedModel,
+    teacher: Callable[[], PreTrainedModel],
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
     learning: Learning,

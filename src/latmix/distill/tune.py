@@ -40,7 +40,7 @@ class Freed(Student):
 def tune(
     model: PreTrainedModel,
     parts: Free,
-    teacher: PreTrainedModel,
+    teacher: Callable[[], PreTrainedModel],
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
     tuning: Tuning,

@@ -24,6 +24,10 @@ from latmix.recipe import Tuning
 KEPT = ("gains", "embedding", "head")
 """Parts that keep their full precision, by the word in a recipe."""
 
+MOVING, KEEPING = 7, 1
+"""Numbers held for each weight of a layer between steps: with codes that are free a latent, its gradient, its best
+value, Adam's moments and two limits, an average aside; without, the weight."""
+
 Filled = tuple[Mapping[str, Quantized], Mapping[str, Tensor]]
 """Of a layer, by linear: codes, and what they were rounded from."""
 
@@ -64,12 +68,15 @@ class Free(nn.Module):
         }
 
 
-def free(model: PreTrainedModel, arch: Arch, fill: Callable[[int], Filled], tuning: Tuning) -> Free:
+def free(
+    model: PreTrainedModel, arch: Arch, fill: Callable[[int], Filled], tuning: Tuning, offload: bool = False
+) -> Free:
     """Make parts of a quantized model learnable, in place: those in `tuning.kept` (the head's bias, where the maps gave
     it one, belongs to the head), a bias of the readers of each input in `tuning.biases` (zero where they had none), and
     with `tuning.codes` codes and scales.
 
     fill: puts the weights of the layer of that number into the model; the rest is there.
+    offload: what the layers learn, with gradients and Adam's moments, waits in the CPU's memory (`sharding.shard`).
 
     Raises: LatmixError: an unknown part or input; lists the known.
     """
@@ -89,9 +96,10 @@ def free(model: PreTrainedModel, arch: Arch, fill: Callable[[int], Filled], tuni
             place.weight = nn.Parameter(unrounded[name].clone())
             register_parametrization(place, "weight", Latent(quantized[name]))
             movable.append(f"{path}.{name}")
-        sharding.shard(layer)
+        sharding.shard(layer, offload)
         for name in arch.linears if tuning.codes else ():
-            _latent(layer.get_submodule(name))[0].part()
+            latent, values, _ = _latent(layer.get_submodule(name))
+            latent.part(sharding.held(values).device)
     sharding.join_layers(model.base_model)
     return Free(model, kept, movable)
 

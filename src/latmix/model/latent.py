@@ -46,9 +46,10 @@ class Latent(nn.Module):
         for name, values in zip(("below", "here", "above"), neighbours(quantized), strict=True):
             self.register_buffer(name, self._in_scales(values.float()), persistent=False)
 
-    def part(self) -> None:
-        """Let go of what only the start needs, and keep the limits of the rows alone that this rank will hold."""
-        self.below, self.above = sharding.part(self.below), sharding.part(self.above)
+    def part(self, device: torch.device) -> None:
+        """Let go of what only the start needs, and keep the limits of the rows alone that this rank will hold, where
+        their latents wait."""
+        self.below, self.above = (sharding.part(limit).to(device) for limit in (self.below, self.above))
         del self.here
 
     def right_inverse(self, unrounded: Float[Tensor, "out n"]) -> tuple[Tensor, Tensor]:
@@ -76,6 +77,7 @@ class Latent(nn.Module):
     @torch.no_grad()
     def settled(self, latent: Float[Tensor, "out n"], exponents: Float[Tensor, "out blocks"]) -> Quantized:
         """Codes and scales of the weight that `forward` gives."""
+        latent, exponents = latent.to(self.scales.device), exponents.to(self.scales.device)
         scales = self.moved_scales(exponents)
         return encode(self(latent, exponents).to(self.dtype), self.format, scales, self.tensor_scale)
 

@@ -17,7 +17,7 @@ from latmix.model.source import Source
 from latmix.sharding import join_layers, shard
 
 ROOM = 0.4
-"""Share of a GPU's free memory that the frozen layers of teacher and student may take; the rest is for activations."""
+"""Share of a GPU's free memory that the layers of teacher and student may take; the rest is for activations."""
 
 
 def spread(source: Source) -> PreTrainedModel:
@@ -26,7 +26,7 @@ def spread(source: Source) -> PreTrainedModel:
     for path in (arch.embedding, arch.final_norm, arch.head):
         source.fill(model.get_submodule(path), path)
     absorb_head(model, arch)
-    offload = too_large(source)
+    offload = too_large(source, 1.0 if ranks.world() == 1 else 2 / ranks.world())
     for index, layer in enumerate(layers(model, arch)):
         source.fill(layer, f"{arch.layers}.{index}")
         absorb_layer(layer, arch)
@@ -35,11 +35,10 @@ def spread(source: Source) -> PreTrainedModel:
     return model
 
 
-def too_large(source: Source) -> bool:
-    """Whether a GPU cannot keep what a rank holds of the layers: one model in float32 that teacher and student share,
-    or of two each its part."""
+def too_large(source: Source, numbers: float) -> bool:
+    """Whether a GPU has no room for so many float32 numbers for each weight of the layers: 1 where teacher and student
+    share theirs, 2 over the ranks where each has its own."""
     if not torch.cuda.is_available():
         return False
     layers = (math.prod(x.shape) for name, x in source.tensors.stored.items() if name.startswith(source.arch.layers))
-    models = 1 if ranks.world() == 1 else 2 / ranks.world()
-    return bool(4 * sum(layers) * models > ROOM * torch.cuda.mem_get_info()[0])
+    return bool(4 * sum(layers) * numbers > ROOM * torch.cuda.mem_get_info()[0])
