@@ -126,10 +126,13 @@ def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
     # what is made of the linears and the head under the maps, of the embedding in the rows at hand
     moved = 3 if recipe.learning is not None and recipe.learning.weights else 2  # rounded too, or not
     own = moved * s.linears + (s.table if recipe.folded else 0)
-    teacher = s.linears + 2 * s.table
+    teacher, gradients = s.linears + 2 * s.table, 0  # maps are small
     if isinstance(stage, Tuning):
-        teacher, own = s.table, _tuned(s, stage)  # asked and gone, but for its head
-    values = teacher + own + kept + answers + LEARNED[stage.objective] * batch * s.vocabulary
+        teacher = s.table  # asked and gone, but for its head
+        own, gradients = _tuned(s, stage)
+        kept += 0 if stage.checkpointing or not stage.codes else 2 * s.linears  # what rounding keeps
+    forward = kept + LEARNED[stage.objective] * batch * s.vocabulary  # gone before the last gradients are there
+    values = teacher + own + answers + max(forward, gradients)
     # teacher 2, student 6 a weight and token; rounding as much
     return FULL * values, 2 * 8 * (s.linears + s.table) * stage.steps * stage.batch * window
 
@@ -144,13 +147,13 @@ def _layerwise(s: Sizes, recipe: Recipe, stage: Layerwise) -> tuple[int, int]:
     return FULL * values, 2 * 8 * s.linears * stage.epochs * seen
 
 
-def _tuned(s: Sizes, tuning: Tuning) -> int:
-    """Of the student: its linears, and what their rounding keeps for backward; the tables, those that learn with their
-    gradient, best value, Adam's moments and perhaps their average."""
+def _tuned(s: Sizes, tuning: Tuning) -> tuple[int, int]:
+    """Numbers of the student: its linears and tables, of what learns with best value, Adam's moments and perhaps their
+    average; and the gradients."""
     tables = sum(part in tuning.kept for part in ("embedding", "head"))
-    rounding = 0 if tuning.checkpointing else 2
-    linears = MOVING + tuning.average + rounding if tuning.codes else KEEPING
-    return linears * s.linears + (2 + (4 + tuning.average) * tables) * s.table
+    linears = MOVING - 1 + tuning.average if tuning.codes else KEEPING
+    held = linears * s.linears + (2 + (3 + tuning.average) * tables) * s.table
+    return held, tuning.codes * s.linears + tables * s.table
 
 
 def resident() -> int:
