@@ -52,6 +52,7 @@ FITTED: list[tuple[str, str, dict[str, str]]] = [
     ("144M", "latmix-lu", {**SMALL, **LEARN, "calibration.window": "128"}),
     ("demo", "latmix-plus", {"calibration.windows": "64", "tuning.steps": "2"}),
     ("24M", "latmix-plus", SMALL | TUNE),
+    ("90M", "latmix-plus", SMALL | TUNE),
     ("24M", "wush", SMALL),
     ("48M", "flatquant", SMALL | LAYERS),
     ("90M", "spinquant", SMALL | LEARN),
@@ -64,7 +65,6 @@ OTHERS: list[tuple[str, str, dict[str, str]]] = [
     ("24M", "flatquant", SMALL | LAYERS),
     ("48M", "brq", SMALL | LEARN),
     ("48M", "latmix-qr", SMALL | LEARN),
-    ("90M", "latmix-plus", SMALL | TUNE),
 ]
 PLAN = """
 import json, sys
