@@ -118,8 +118,8 @@ def test_layers_that_wait_in_the_cpus_memory_learn_the_same(
     made: list[weakref.ref[object]] = []
     alive: set[int] = set()
 
-    def spread_one(source: Source) -> object:
-        found = spread.spread(source)
+    def spread_one(source: Source, progress: Progress) -> object:
+        found = spread.spread(source, progress)
         made.append(weakref.ref(found))
         return found
 

@@ -55,8 +55,8 @@ def learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) ->
 
 def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> None:
     """Learning couples all layers: the whole model is in memory, and gone afterwards; a teacher in parts, before."""
-    teacher, arch, maps = spread(task.source), task.source.arch, task.maps
-    student = spread(task.source) if sharding.is_sharded(teacher) else checkpoint.share(teacher)
+    teacher, arch, maps = spread(task.source, progress), task.source.arch, task.maps
+    student = spread(task.source, progress) if sharding.is_sharded(teacher) else checkpoint.share(teacher)
     taught_by = recipe.learning or recipe.layerwise
     in_loop = task.weights if taught_by and taught_by.weights else None
     attached = attach(student, arch, maps, task.activations, in_loop)
@@ -86,14 +86,14 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
         quantize_inputs(student, arch, task.maps, task.activations)
         with _curve(space, TUNING) as record:
             arguments = (tuning, recipe.seed, record, space.snapshot(TUNE), progress)
-            tune(student, parts, partial(spread, source), task.taught, task.held_out, *arguments)
+            tune(student, parts, partial(spread, source, progress), task.taught, task.held_out, *arguments)
         _write(task, student, parts, stored, space.folder)
         del student, parts
     model, shard = source.skeleton(), partial(sharding.shard, offload=too_large(source, 2 * share))
     checkpoint.assemble(model, arch, _stored(task, space.folder), shard)
     sharding.join_layers(model.base_model)
     quantize_inputs(model, arch, task.maps, task.activations)
-    return score(model, task.held_out, spread(source), progress=progress)
+    return score(model, task.held_out, spread(source, progress), progress=progress)
 
 
 def _stored(task: Task, shards: Path) -> checkpoint.Stored:

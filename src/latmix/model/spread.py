@@ -14,23 +14,26 @@ from latmix import ranks
 from latmix.model.fold import absorb_head, absorb_layer
 from latmix.model.parts import layers
 from latmix.model.source import Source
+from latmix.progress import Progress
 from latmix.sharding import join_layers, shard
 
 ROOM = 0.4
 """Share of a GPU's free memory that the layers of teacher and student may take; the rest is for activations."""
 
 
-def spread(source: Source) -> PreTrainedModel:
+def spread(source: Source, progress: Progress) -> PreTrainedModel:
     """Frozen, in float32, its gains absorbed and its head untied. Raises: DamagedError: a tensor cannot be read."""
     model, arch = source.skeleton(), source.arch
     for path in (arch.embedding, arch.final_norm, arch.head):
         source.fill(model.get_submodule(path), path)
     absorb_head(model, arch)
     offload = too_large(source, 1.0 if ranks.world() == 1 else 2 / ranks.world())
+    progress.stage("load", source.layers)
     for index, layer in enumerate(layers(model, arch)):
         source.fill(layer, f"{arch.layers}.{index}")
         absorb_layer(layer, arch)
         shard(layer, offload)
+        progress.advance()
     join_layers(model.base_model)
     return model
 
