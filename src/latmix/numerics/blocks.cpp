@@ -126,29 +126,40 @@ static void values(const T* x, T* out, int64_t blocks, const Format& f, int thre
         quantize(x + b * f.block, out + b * f.block, std::min<int64_t>(TILE, blocks - b), f);
 }
 
-// Each block by the Hadamard matrix first. All its passes are the same: sums of neighbours to the first half, differences
-// to the second.
+// By the Hadamard matrix, in place. All its passes are the same: sums of neighbours to the first half, differences to the
+// second. The block is the compiler's where the caller has a constant.
+static inline __attribute__((always_inline)) void rotate(float* v, float* u, const int64_t block, float norm) {
+    for (int64_t order = 1; order < block; order *= 2) {
+        std::memcpy(u, v, block * sizeof(float));
+#pragma omp simd
+        for (int64_t i = 0; i < block / 2; i++) {
+            v[i] = u[2 * i] + u[2 * i + 1];
+            v[block / 2 + i] = u[2 * i] - u[2 * i + 1];
+        }
+    }
+    for (int64_t i = 0; i < block; i++) v[i] *= norm;
+}
+
+struct alignas(64) Line {  // of the cache: vectors that lie across two take twice the time
+    float numbers[16];
+};
+
 template <class T>
 static void rotated_values(const T* x, T* out, int64_t blocks, const Format& f, int threads) {
-    const int64_t half = f.block / 2;
     const float norm = 1 / std::sqrt(float(f.block));
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> tile(TILE * f.block), before(f.block);
+        std::vector<Line> lines(TILE * f.block / 16 + 1), before(f.block / 16 + 1);
+        float* tile = lines.data()->numbers;
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; b += TILE) {
             int count = std::min<int64_t>(TILE, blocks - b);
             for (int c = 0; c < count; c++) {
-                float *v = tile.data() + c * f.block, *u = before.data();
+                float *v = tile + c * f.block, *u = before.data()->numbers;
                 for (int64_t i = 0; i < f.block; i++) v[i] = wide(x[(b + c) * f.block + i]);
-                for (int64_t order = 1; order < f.block; order *= 2) {
-                    std::memcpy(u, v, f.block * sizeof(float));
-#pragma omp simd
-                    for (int64_t i = 0; i < half; i++) v[i] = u[2 * i] + u[2 * i + 1], v[half + i] = u[2 * i] - u[2 * i + 1];
-                }
-                for (int64_t i = 0; i < f.block; i++) v[i] *= norm;
+                f.block == 32 ? rotate(v, u, 32, norm) : rotate(v, u, f.block, norm);
             }
-            quantize(tile.data(), out + b * f.block, count, f);
+            quantize<float>(tile, out + b * f.block, count, f);
         }
     }
 }
