@@ -169,13 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, nargs="*", default=[])
     parser.add_argument("--engines", type=Path, required=True)
+    parser.add_argument("--only", default="", help="cases in whose recipe and settings this word is")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[])
     parser.add_argument("--runs", type=Path, default=Path("benchmark-runs/engines"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     every = ((DEMO_MODEL, CASES), *((each, ADDED) for each in args.models))
-    found = [row for model, cases in every for recipe, changes in cases for row in rows(model, recipe, changes, args)]
+    asked = [(model, *case) for model, cases in every for case in cases if args.only in f"{case}"]
+    found = [row for model, recipe, changes in asked for row in rows(model, recipe, changes, args)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(engines_page.page(found, args.seed), "utf-8")
     if wrong := [row.line() for row in found if row.answer and not row.holds]:

@@ -25,7 +25,7 @@ import latmix
 from latmix.assets import DEMO_MODEL
 from latmix.cli import app
 from latmix.export import fingerprint
-from latmix.export.verify import agreeing, ask
+from latmix.export.verify import ask
 from tests.exported import with_random_biases
 from tests.test_engines import CT, LEARNED, SMALL, TUNED
 from tests.texts import CALIBRATION
@@ -85,10 +85,8 @@ def test_the_printed_command_serves_what_was_verified(
     verified = ask(tmp_path / "served", engine, request, str(engines / engine / "bin" / "python"))["greedy"].tolist()
     with serving(command, SERVERS[engine], engines / engine / "bin") as port:
         answered = SERVERS[engine].tokens(port, request["prompt"], request["continue"], "served")
-    if engine == "llama":  # its server cuts the prompt into other batches, whose 8-bit activations can turn a near tie
-        assert agreeing(verified, answered) >= 12
-    else:
-        assert answered == verified and len(answered) >= 20
+    assert answered == verified and len(answered) >= 20
+    if engine == "vllm":  # llama.cpp rounds activations differently
         assert answered == fingerprint.read(tmp_path / "served").tensors["greedy"].tolist()
 
 

@@ -20,6 +20,7 @@ from latmix.archs import ARCHS
 from latmix.export import fingerprint
 from latmix.export.source import GLOBAL, open_run
 from latmix.model.layout import layout_of
+from latmix.model.load import load_tokenizer
 from latmix.recipe import override
 from latmix.recipes import RECIPES, find
 from latmix.targets import TARGETS, expected, fit
@@ -129,6 +130,18 @@ def test_other_formats_of_compressed_tensors(weights: str, activations: str, run
     manifest = exports.open_export(tmp_path / "out")
     asked = exports.EXPORTS["compressed-tensors"].serve(Path("out"), manifest["recipe"]["activations"])
     assert asked.endswith("--linear-backend marlin") == (activations == "none")
+
+
+@WITH_GGUF
+def test_gguf_opens_a_text_with_the_token_that_the_tokenizer_opens_it_with(runs: Runs, tmp_path: Path) -> None:
+    import gguf
+
+    out = exports.export(runs("gptq"), "gguf", tmp_path / "out")
+    fields = gguf.GGUFReader(out / "model.gguf").fields
+    first = load_tokenizer(out)("Some text.")["input_ids"][0]
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == first
+    assert fields["tokenizer.ggml.add_bos_token"].contents()
+    assert json.loads((runs("gptq") / "config.json").read_text())["bos_token_id"] != first
 
 
 def test_a_shift_within_the_layers_is_served_by_stock_models(runs: Runs, tmp_path: Path) -> None:

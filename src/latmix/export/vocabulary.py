@@ -39,11 +39,13 @@ def add_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     writer.add_token_merges(merges)
     config = read_json(folder / "config.json")
     eos = config.get("eos_token_id")
-    if isinstance(config.get("bos_token_id"), int):
-        writer.add_bos_token_id(config["bos_token_id"])
+    opening = opens_with(tokenizer)  # llama.cpp begins with its token of that name, the tokenizer with its own
+    bos = config.get("bos_token_id") if opening is None else opening
+    if isinstance(bos, int):
+        writer.add_bos_token_id(bos)
     if eos is not None:
         writer.add_eos_token_id(eos[0] if isinstance(eos, list) else eos)
-    writer.add_add_bos_token(opens_with(tokenizer) == config.get("bos_token_id"))
+    writer.add_add_bos_token(opening is not None)
 
 
 def splitting_rule(tokenizer: dict[str, Any]) -> str:

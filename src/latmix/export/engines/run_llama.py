@@ -1,4 +1,5 @@
-"""llama.cpp through llama-cpp-python: evaluates each window from an empty cache."""
+"""llama.cpp through llama-cpp-python: evaluates each window from an empty cache, with flash attention, which is
+llama-server's own choice and computes other last digits."""
 
 import glob
 import json
@@ -14,7 +15,8 @@ def main(folder: str, request_file: str, answer_file: str) -> None:
     (path,) = glob.glob(f"{folder}/*.gguf")
     windows, prompt = request["windows"], request["prompt"]
     longest = max(len(windows[0]), len(prompt) + request["continue"])
-    model = llama_cpp.Llama(path, n_ctx=longest, n_batch=longest, logits_all=True, n_threads=1, verbose=False)
+    wish = {"flash_attn": True, "logits_all": True, "n_threads": 1, "verbose": False}
+    model = llama_cpp.Llama(path, n_ctx=longest, n_batch=longest, **wish)
     logprobs = []
     for ids in windows:
         model.reset()
