@@ -44,6 +44,7 @@ def variants(everything: Tuning, nothing: Tuning) -> list[Recipe]:
         "biases": {"biases": ()},
         "scales": {"scales_lr": 0.0},
         "codes, scales": {"codes": False},
+        "the mean of its steps": {"average": False},
     }
     gptq = dataclasses.replace(PLUS, folded={}, online={})
     return [

@@ -25,8 +25,8 @@ def latmix_qr() -> Recipe:
 def latmix_plus() -> Recipe:
     """Block-Hadamard folded, GPTQ, then all that is free tuned on KL: gains, biases, embedding, head, codes, scales.
 
-    Not published. Same format and online operation as LATMiX; no map is learned: what one would add under tuning is
-    not measured.
+    Not published. Same format and online operation as LATMiX; no map is learned: under tuning one brought nothing
+    (one seed, docs/log.md).
     """
     return dataclasses.replace(block_hadamard(), name="latmix-plus", tuning=Tuning())
 
