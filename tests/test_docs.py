@@ -25,6 +25,7 @@ from tests.test_pipeline import save_tiny, settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LAUNCHERS = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.launch"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -72,9 +73,9 @@ def test_shell_blocks_run(page: Path, desk: Path) -> None:
             said = done.output
         elif program in ("vllm", "llama-server"):  # tests/test_engines_served.py starts them
             assert f"Serve it with:\n\n{line}\n" in said, f"{line}: not what the export before it said: {said}"
-        elif program == "torchrun":
-            launched = [sys.executable, "-m", "torch.distributed.run", *arguments, "--set", "learning.steps=4"]
-            done = subprocess.run(launched, capture_output=True, text=True, timeout=240)
+        elif program in LAUNCHERS:
+            words = [sys.executable, "-m", LAUNCHERS[program], *arguments[program == "accelerate" :]]
+            done = subprocess.run([*words, "--set", "learning.steps=4"], capture_output=True, text=True, timeout=240)
             assert done.returncode == 0, done.stderr
         else:
             assert_known(program, arguments)

@@ -23,13 +23,16 @@ from tests.test_pipeline import save_tiny
 from tests.test_resume import content
 
 SCRIPT = Path(__file__).with_name("ranks.py")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
 
-def launched(folder: Path, model: Path, *death: str) -> subprocess.CompletedProcess[str]:
+def launched(
+    folder: Path, model: Path, *death: str, launcher: tuple[str, ...] = TORCHRUN
+) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [str(word) for word in (*command, SCRIPT, folder, model, *death)]
+    words = [str(word) for word in (sys.executable, "-m", *launcher, SCRIPT, folder, model, *death)]
     return subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
 
 
@@ -105,6 +108,16 @@ def test_a_rank_holds_its_part_of_the_layers(one: Path, two: Path) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_two_quantize_to_the_same_bytes_as_one(name: str, one: Path, two: Path) -> None:
     assert content(two / name) == content(one / name)
+
+
+def test_accelerate_launch_starts_the_same_two_processes(model: Path, two: Path, tmp_path: Path) -> None:
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tuned.*", *RUNS))
+    done = launched(tmp_path, model, launcher=ACCELERATE)
+    assert done.returncode == 0, done.stderr
+    assert [held(tmp_path, "tuned", rank) for rank in (0, 1)] == [held(two, "tuned", rank) for rank in (0, 1)]
+    assert (tmp_path / "tuned.safetensors").read_bytes() == (two / "tuned.safetensors").read_bytes()
+    for name in RUNS:
+        assert content(tmp_path / name) == content(two / name)
 
 
 @pytest.mark.parametrize(("recipe", "stage", "held"), [("latmix-qr", "learning", 1), ("latmix-plus", "tuning", 0)])
