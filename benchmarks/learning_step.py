@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from latmix.assets import DEMO_MODEL
-from latmix.distill import Answers, Mapped, accumulate, divergence
+from latmix.distill import Answers, Mapped, Teacher, accumulate, divergence
 from latmix.model.attach import attach
 from latmix.model.checkpoint import share
 from latmix.model.fold import absorb_gains
@@ -58,7 +58,7 @@ def main() -> None:
     student = Mapped(attached, learning.volume)
     ids = torch.randint(teacher.config.vocab_size, (learning.batch, min(256, loaded.longest)), device=teacher.device)
 
-    answers, rows = Answers(teacher, ids), torch.arange(len(ids))
+    answers, rows = Answers(Teacher(lambda: teacher, teacher.lm_head, ""), ids), torch.arange(len(ids))
 
     def teacher_step() -> None:
         with torch.no_grad():

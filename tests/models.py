@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix.archs import ARCHS, Arch
+from latmix.distill import Teacher
 from latmix.model.free import Filled, Free, free
 from latmix.model.parts import layers
 from latmix.model.quantize import quantize_layer
@@ -27,6 +28,11 @@ def tiny(name: str, *, tied: bool = False, seed: int = 0, **changes: object) -> 
         else:
             parameter.mul_(3.0)  # logits that are not all alike
     return model
+
+
+def known(model: PreTrainedModel) -> Teacher:
+    """One to learn from."""
+    return Teacher(lambda: model, model.get_output_embeddings(), "")
 
 
 def rounded(model: PreTrainedModel, arch: Arch, format: BlockFormat) -> dict[str, Quantized]:

@@ -23,7 +23,7 @@ from torch import Tensor
 import latmix
 from latmix import convert, ranks, sharding
 from latmix.archs import ARCHS
-from latmix.distill import Step, learn, tune
+from latmix.distill import Step, Teacher, learn, tune
 from latmix.model.checkpoint import share
 from latmix.model.inputs import quantize_inputs
 from latmix.model.maps import build_maps
@@ -52,7 +52,7 @@ def sharded(model):
 
 
 def in_parts():
-    return sharded(teacher())
+    return Teacher(lambda: sharded(teacher()), teacher().get_output_embeddings(), "")
 
 
 def learned(folder: Path, name: str, take: Take) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def learned(folder: Path, name: str, take: Take) -> dict[str, Tensor]:
     with nullcontext() if name == "rounded" else attached.unquantized():
         learn(
             attached,
-            in_parts,
+            in_parts(),
             WINDOWS[:8],
             WINDOWS[8:11],
             LEARNING,
@@ -81,7 +81,7 @@ def tuned(folder: Path, take: Take) -> dict[str, Tensor]:
     unrounded = {path: model.get_parameter(f"{path}.weight") for path in quantized}
     parts = free_parts(student, LLAMA, quantized, unrounded, TUNING)
     quantize_inputs(student, LLAMA, build_maps(LLAMA, model.config, {}, {}, block=32, seed=0), FORMAT)
-    tune(student, parts, in_parts, WINDOWS[:8], WINDOWS[:3], TUNING, 0, take, folder / "tuned.snapshot")
+    tune(student, parts, in_parts(), WINDOWS[:8], WINDOWS[:3], TUNING, 0, take, folder / "tuned.snapshot")
     held = sum(sharding.held(tensor).numel() for tensor in [*parts.latents.values(), *student.buffers()])
     (folder / f"tuned.held.{ranks.rank()}").write_text(str(held))
     codes = {path: q.codes for path, q in codes_of(parts, LLAMA, 2).items()}

@@ -10,8 +10,8 @@ import pytest
 from latmix.export import fingerprint
 from latmix.export import gguf as exported
 from latmix.export.folder import export
-from latmix.export.growing import GROWING, PARTS, Part, grow
 from latmix.export.streamed import Streamed
+from latmix.growing import GROWING, PARTS, Part, grow
 from tests.exported import WITH_GGUF, Runs
 
 BYTES = [os.urandom(size) for size in (700, 1, 40_000, 3000)]
@@ -74,7 +74,7 @@ def test_what_is_not_as_it_was_listed_is_made_anew(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stopped(patch, 9, interrupt)
         grow(file, parts([]))
-    growing, listed = tmp_path / f"file{GROWING}", tmp_path / f"file{PARTS}"
+    growing, listed = (tmp_path / f"file{GROWING}{ending}" for ending in ("", PARTS))
     data = growing.read_bytes()
     assert data == WHOLE
     if damage == "list lost":

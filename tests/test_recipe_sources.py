@@ -231,7 +231,7 @@ def test_flatquant_lowers_each_layers_own_error_and_never_needs_the_next(model) 
 
     maps = maps_of(recipe, model)
     before = [error(maps, index) for index in range(2)]
-    learn_layers(attach(share(model), LLAMA, maps, format, format), model, WINDOWS, recipe, Progress())
+    learn_layers(attach(share(model), LLAMA, maps, format, format), model, WINDOWS, recipe.layerwise, 0, Progress())
     after = [error(maps, index) for index in range(2)]
     assert after[0] < 0.9 * before[0] and after[1] < 0.9 * before[1]
     assert not torch.equal(maps.online("qkv", 0).matrix(), maps.online("qkv", 1).matrix())

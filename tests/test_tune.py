@@ -16,7 +16,7 @@ from latmix.model.maps import build_maps
 from latmix.model.parts import linears
 from latmix.numerics import Quantized, decode, decode_scales, encode, neighbours, parse_format
 from latmix.recipe import Tuning
-from tests.models import codes_of, free_parts, rounded, tiny
+from tests.models import codes_of, free_parts, known, rounded, tiny
 
 WINDOWS = torch.randint(96, (80, 24), generator=torch.Generator().manual_seed(0))
 LEARN, FORMAT = WINDOWS[:64], parse_format("mxfp4:scale=even")
@@ -37,7 +37,7 @@ def run(tuning: Tuning):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     curve: list[Step] = []
     parts = free_parts(model, ARCHS["llama"], quantized, unrounded, tuning)
-    tune(model, parts, lambda: teacher, LEARN, WINDOWS[64:], tuning, 0, curve.append)
+    tune(model, parts, known(teacher), LEARN, WINDOWS[64:], tuning, 0, curve.append)
     tuned = codes_of(parts, ARCHS["llama"], 2)
     measured = [step.held_out for step in curve if step.held_out is not None]
     after = model.state_dict()
@@ -159,7 +159,7 @@ def test_a_model_that_shares_its_tensors_is_left_alone() -> None:
     tuning = Tuning(steps=8, batch=32, evaluate_every=4, codes_lr=0.2)
     student = share(model)
     parts = free_parts(student, ARCHS["llama"], quantized, unrounded, tuning)
-    tune(student, parts, lambda: teacher, LEARN, LEARN[:8], tuning, 0, lambda step: None)
+    tune(student, parts, known(teacher), LEARN, LEARN[:8], tuning, 0, lambda step: None)
     after = [*model.state_dict().items(), *unrounded.items()]
     assert all(torch.equal(tensor, before[name]) for name, tensor in after)
 

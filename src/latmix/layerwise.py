@@ -18,7 +18,7 @@ from latmix.model.attach import Attached
 from latmix.model.calibrate import Arguments, Stream
 from latmix.model.parts import layers
 from latmix.progress import Progress
-from latmix.recipe import Layerwise, Recipe
+from latmix.recipe import Layerwise
 from latmix.transforms import evaluated_once
 
 FLOOR = 0.1  # of the peak rate, left at the end
@@ -28,22 +28,21 @@ def learn_layers(
     attached: Attached,
     teacher: PreTrainedModel,
     windows: Int[Tensor, "windows window"],
-    recipe: Recipe,
+    wish: Layerwise,
+    seed: int,
     progress: Progress,
 ) -> None:
-    """Learn the attached maps of each layer in place; nothing where the recipe does not ask for it.
+    """Learn the attached maps of each layer in place.
 
     Cost: epochs · windows forwards and backwards of each layer, and its outputs for all windows in memory, twice.
     Raises: LatmixError: the stream has a map, a layer none, or the error is not finite.
     """
-    if recipe.layerwise is None:
-        return
     if any(attached.maps.folded(site.name, 0) is not None for site in attached.arch.sites if site.stream):
         raise InputError("Layer-wise learning compares layers on the model's own stream; remove the stream's map.")
     stream = Stream(teacher, attached.arch, windows)
     students = layers(attached.model, attached.arch)
     progress.stage("learn layers", len(students))
-    generator = torch.Generator().manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(seed)
     for index, student in enumerate(students):
         entering = torch.cat(stream.hidden)
         stream.advance(index)
@@ -54,7 +53,7 @@ def learn_layers(
             attached.maps.of_layer(index),
             entering,
             leaving,
-            recipe.layerwise,
+            wish,
             generator,
         )
         progress.advance(f"layer {index}: relative error {error:.4f}")

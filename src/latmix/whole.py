@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from latmix import ranks, sharding
 from latmix.convert import Task
-from latmix.distill import Step, learn, tune
+from latmix.distill import Step, Teacher, learn, tune
 from latmix.eval import Scores, score
 from latmix.layerwise import learn_layers
 from latmix.model import checkpoint
@@ -27,11 +27,11 @@ from latmix.model.fold import absorb_layer, fold_layer
 from latmix.model.free import KEEPING, MOVING, Filled, Free, free
 from latmix.model.inputs import quantize_inputs
 from latmix.model.parts import layers, linear
-from latmix.model.spread import spread, too_large
+from latmix.model.spread import head_of, spread, too_large
 from latmix.model.tensors import Tensors
 from latmix.progress import Progress
 from latmix.recipe import Recipe, Tuning
-from latmix.rundir import METRICS, TRANSFORMS, TUNING, read_json, write_json, written
+from latmix.rundir import INPUTS, METRICS, TRANSFORMS, TUNING, read_json, write_json, written
 from latmix.transforms import evaluated_once
 from latmix.workspace import LEARN, TUNE, Workspace
 
@@ -54,24 +54,28 @@ def learned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) ->
 
 
 def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> None:
-    """Learning couples all layers: the whole model is in memory, and gone afterwards; a teacher in parts, before."""
-    teacher, arch, maps = spread(task.source, progress), task.source.arch, task.maps
-    student = spread(task.source, progress) if sharding.is_sharded(teacher) else checkpoint.share(teacher)
+    """Learning couples all layers: the whole model is in memory, and gone afterwards. The teacher shares its weights;
+    where it is in parts, it has its own, and is there while it is needed."""
+    model, arch, maps = spread(task.source, progress), task.source.arch, task.maps
+    if sharding.is_sharded(model):
+        student, teacher = model, _teacher(task, space, progress)
+    else:
+        student, teacher = checkpoint.share(model), Teacher(lambda: model, linear(model, arch.head), _digest(space))
     taught_by = recipe.learning or recipe.layerwise
     in_loop = task.weights if taught_by and taught_by.weights else None
     attached = attach(student, arch, maps, task.activations, in_loop)
-    with attached.unquantized():
-        change = score(attached.model, task.held_out, teacher, progress=progress).kl
-    assert change is not None
-    if ranks.first():
-        write_json(space.work / BEFORE, change.mean)
-    learn_layers(attached, teacher, task.taught, recipe, progress)
-    lent = [teacher]
-    del teacher
+    if not ranks.agreed((space.work / BEFORE).exists()):
+        with attached.unquantized():
+            change = score(attached.model, task.held_out, teacher.model, progress=progress).kl
+        assert change is not None
+        if ranks.first():
+            write_json(space.work / BEFORE, change.mean)
+    if recipe.layerwise is not None:
+        learn_layers(attached, teacher.model, task.taught, recipe.layerwise, recipe.seed, progress)
     if recipe.learning is not None and maps.learned():
         with _curve(space, METRICS) as record:
             arguments = (recipe.learning, recipe.seed, record, space.snapshot(LEARN), progress)
-            learn(attached, lent.pop, task.taught, task.held_out, *arguments)
+            learn(attached, teacher, task.taught, task.held_out, *arguments)
 
 
 def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> Scores:
@@ -86,7 +90,7 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
         quantize_inputs(student, arch, task.maps, task.activations)
         with _curve(space, TUNING) as record:
             arguments = (tuning, recipe.seed, record, space.snapshot(TUNE), progress)
-            tune(student, parts, partial(spread, source, progress), task.taught, task.held_out, *arguments)
+            tune(student, parts, _teacher(task, space, progress), task.taught, task.held_out, *arguments)
         _write(task, student, parts, stored, space.folder)
         del student, parts
     model, shard = source.skeleton(), partial(sharding.shard, offload=too_large(source, 2 * share))
@@ -94,6 +98,16 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
     sharding.join_layers(model.base_model)
     quantize_inputs(model, arch, task.maps, task.activations)
     return score(model, task.held_out, spread(source, progress), progress=progress)
+
+
+def _teacher(task: Task, space: Workspace, progress: Progress) -> Teacher:
+    """A model of its own."""
+    return Teacher(partial(spread, task.source, progress), head_of(task.source), _digest(space))
+
+
+def _digest(space: Workspace) -> str:
+    """Of the original."""
+    return str(read_json(space.folder / INPUTS)["model"])
 
 
 def _stored(task: Task, shards: Path) -> checkpoint.Stored:

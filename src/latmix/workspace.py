@@ -35,10 +35,15 @@ from latmix.rundir import (
 from latmix.seal import compare_noted, seal
 
 WORK = "work"
-LEARN, LAYERS, TUNE = "learn", "quantize", "tune"
+ASK, LEARN, LAYERS, TUNE = "ask", "learn", "quantize", "tune"
 
 BEGUN: Mapping[str, str] = MappingProxyType(
-    {LEARN: f"{LEARN}.snapshot*", LAYERS: "quantized-layer-*", TUNE: f"{TUNE}.snapshot*"}
+    {
+        ASK: "answers.*",
+        LEARN: f"{LEARN}.snapshot*",
+        LAYERS: "quantized-layer-*",
+        TUNE: f"{TUNE}.snapshot*",
+    }
 )
 """What each stage that takes long leaves behind first."""
 
@@ -65,7 +70,8 @@ class Workspace:
 
     @property
     def work(self) -> Path:
-        """What only a run in the making needs: hidden states, snapshots, the layers before tuning."""
+        """What only a run in the making needs: hidden states, the teacher's answers, snapshots, the layers before
+        tuning."""
         return self.folder / WORK
 
     def snapshot(self, stage: str) -> Path:

@@ -6,6 +6,7 @@ from latmix.distill.maps import Mapped, learn, volume
 from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.snapshot import Step
 from latmix.distill.student import Student
+from latmix.distill.teacher import Teacher
 from latmix.distill.tune import tune
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Mapped",
     "Step",
     "Student",
+    "Teacher",
     "accumulate",
     "divergence",
     "learn",

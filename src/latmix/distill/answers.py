@@ -3,13 +3,17 @@
 What is kept is the hidden state that its head reads, not the logits: with 4096 numbers a token instead of 128,000 it is
 as small as a list of the thousand likeliest tokens, and gives the whole distribution, or its top k, without a loss. The
 head is applied again at each use. Given up: the head's share of the teacher's forward, a few per cent for large models.
+
+In a folder they outlive the process, batch by batch (`latmix.growing`), in a file whose name says what was asked of
+whom and how: who asks the same again reads them, be it a stage that goes on or the next one, and who asks anything else
+finds nothing. A batch that is not as it was written is asked again, and so are all after it.
 """
 
-import gc
+import hashlib
+import json
 import math
-import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -19,54 +23,52 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix import ranks
+from latmix.distill.teacher import Teacher
 from latmix.errors import FailedError, WriteError
+from latmix.growing import growing
 from latmix.progress import Progress
 from latmix.recipe import COMPUTE, Distillation
 
 BATCH = 8  # windows in a forward
+FILE = "answers"
 
 
 class Answers:
     """What an unquantized model says of these windows.
 
     Args:
-        scratch: a folder whose disk keeps the hidden states, in a file without a name that is gone with this object;
+        folder: whose disk keeps the hidden states, for whoever asks the same again; the first rank writes, all read.
             None: they stay in memory.
         compute: of the recipe.
         progress: told of every batch.
 
-    Cost: one forward of every window; windows · window · hidden size numbers in the dtype of the products.
+    Cost: one forward of every window that is not answered yet, for which the teacher is loaded; windows · window ·
+        hidden size numbers in the dtype of the products; of what is answered, one pass over the file.
 
     Raises:
         FailedError: the model gives NaN or infinity; names the first such window.
-        WriteError: the disk has no room for them.
+        WriteError: the disk has no room for them; those that it had room for stay.
     """
 
     @torch.no_grad()
     def __init__(
         self,
-        teacher: PreTrainedModel,
+        teacher: Teacher,
         windows: Int[Tensor, "windows window"],
-        scratch: Path | None = None,
+        folder: Path | None = None,
         compute: str = COMPUTE[0],
         progress: Progress | None = None,
     ) -> None:
-        progress = progress or Progress()
-        self.compute, self._head = compute, teacher.get_output_embeddings()
-        dtype = torch.bfloat16 if compute == "bfloat16" else teacher.dtype
-        self._hidden = _room((*windows.shape, teacher.config.hidden_size), dtype, scratch)
-        batches = torch.arange(len(windows)).split(BATCH * ranks.world())
-        progress.stage("ask the teacher", len(batches))
-        for rows in batches:
-            ids = windows[ranks.own(rows)].to(teacher.device)
-            with computing(teacher.device, compute):
-                found = teacher.base_model(ids, use_cache=False).last_hidden_state
-            hidden = ranks.gathered(found, len(rows))
-            if not (finite := hidden.isfinite().flatten(1).all(1)).all():
-                first = int(rows[~finite.cpu()][0])
-                raise FailedError(f"The unquantized model gives NaN or infinity on calibration window {first}.")
-            self._hidden[rows] = hidden.to(self._hidden)
-            progress.advance()
+        self.compute, self._head = compute, teacher.head
+        dtype = torch.bfloat16 if compute == "bfloat16" else teacher.head.weight.dtype
+        shape = (len(windows), windows.shape[1], teacher.head.in_features)
+        ask = partial(_ask, teacher, windows, compute, dtype, progress or Progress())
+        if folder is None:
+            self._hidden = torch.cat([*ask(0)])
+        else:
+            asked = [teacher.digest, hashlib.sha256(windows.numpy().tobytes()).hexdigest(), shape, compute, str(dtype)]
+            name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+            self._hidden = _kept(folder / f"{FILE}.{name}", shape, dtype, ask)
 
     @torch.no_grad()
     def logits(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch window vocabulary"]:
@@ -76,20 +78,65 @@ class Answers:
             return _wide(self._head(self._hidden[rows].to(device)))
 
 
+def _ask(
+    teacher: Teacher,
+    windows: Int[Tensor, "windows window"],
+    compute: str,
+    dtype: torch.dtype,
+    progress: Progress,
+    begin: int,
+) -> Iterator[Float[Tensor, "batch window hidden"]]:
+    """What the head would read, from window `begin` on, a batch for each rank at a time; ranks ask together."""
+    if begin >= len(windows):
+        return
+    model, step = teacher.model, BATCH * ranks.world()
+    batches = torch.arange(begin, len(windows)).split(step)
+    progress.stage("ask the teacher", begin // step + len(batches), begin // step)
+    for rows in batches:
+        with computing(model.device, compute):
+            found = model.base_model(windows[ranks.own(rows)].to(model.device), use_cache=False).last_hidden_state
+        hidden = ranks.gathered(found, len(rows))
+        if not (finite := hidden.isfinite().flatten(1).all(1)).all():
+            first = int(rows[~finite.cpu()][0])
+            raise FailedError(f"The unquantized model gives NaN or infinity on calibration window {first}.")
+        yield hidden.to("cpu", dtype).contiguous()
+        progress.advance()
+
+
+def _kept(
+    file: Path, shape: tuple[int, int, int], dtype: torch.dtype, ask: Callable[[int], Iterator[Tensor]]
+) -> Float[Tensor, "windows window hidden"]:
+    """The file's content, mapped, once all of it is there. ask: from that window on."""
+    window = shape[1] * shape[2] * dtype.itemsize
+    sizes = [len(rows) * window for rows in torch.arange(shape[0]).split(BATCH)]
+    try:
+        with growing(file, sizes) if ranks.first() else nullcontext() as kept:
+            done = ranks.agreed(kept.done if kept else 0)
+            known = done % ranks.world()  # of what the ranks answer together, a batch each
+            for together in ask((done - known) * BATCH):
+                for hidden in together.split(BATCH)[known:]:
+                    if kept is not None:
+                        kept.add(hidden.view(torch.uint8).numpy().reshape(-1).data)
+                known = 0
+    except OSError as error:
+        raise WriteError(f"The teacher's answers do not fit into '{file.parent}': {error.strerror}.") from error
+    ranks.wait()
+    return torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
+
+
 def asked(
-    teacher: Callable[[], PreTrainedModel],
+    teacher: Teacher,
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
     schedule: Distillation,
-    scratch: Path | None,
+    folder: Path | None,
     progress: Progress | None,
 ) -> tuple[Answers | None, Answers]:
     """The answers to the windows that are learned from, if the objective needs them, and to the held-out ones; then the
-    teacher is gone, unless somebody else holds it."""
-    ask = partial(Answers, teacher(), scratch=scratch, compute=schedule.compute, progress=progress)
+    teacher is dismissed."""
+    ask = partial(Answers, teacher, folder=folder, compute=schedule.compute, progress=progress)
     found = ask(windows) if schedule.objective == "kl" else None, ask(held_out)
-    del ask
-    gc.collect()  # a model in parts is full of cycles
+    teacher.dismiss()
     return found
 
 
@@ -108,16 +155,3 @@ def computing(device: torch.device, compute: str) -> torch.autocast:
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype == torch.bfloat16 else logits
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype, scratch: Path | None) -> Tensor:
-    if scratch is None:
-        return torch.empty(shape, dtype=dtype)
-    count = math.prod(shape)
-    try:
-        with tempfile.NamedTemporaryFile(dir=scratch) as file:
-            # a mapped file that finds no room when it is written to kills the process; here it is an error
-            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
-    except OSError as error:
-        raise WriteError(f"The teacher's answers do not fit into '{scratch}': {error.strerror}.") from error

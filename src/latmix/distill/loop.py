@@ -26,6 +26,7 @@ from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.runaway import check_held_out, diverged
 from latmix.distill.snapshot import Course, Step, identity, load, save
 from latmix.distill.student import Student
+from latmix.distill.teacher import Teacher
 from latmix.errors import InputError
 from latmix.progress import Progress
 from latmix.recipe import Distillation
@@ -100,7 +101,7 @@ class _Stage:
 
 def distill(
     student: Student,
-    teacher: Callable[[], PreTrainedModel],
+    teacher: Teacher,
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
     schedule: Distillation,
@@ -111,14 +112,15 @@ def distill(
 ) -> None:
     """Learn in place, leaving the student at its best held-out step (step 0, untouched, included).
 
-    teacher: called once, when it is to be asked: unless somebody else holds it, it is gone before the first step.
-    snapshot: where the stage is kept while it runs, for the next call to go on from; its folder also takes the
+    teacher: loaded when it is to be asked, and dismissed before the first step.
+    snapshot: where the stage is kept while it runs, for the next call to go on from; its folder also keeps the
         teacher's answers. Steps taken before are reported to `on_step` again. None: nothing is written.
     progress: told of asking the teacher, and of every step that is taken here.
 
     Where several processes learn together (`ranks`), all call this alike and see the snapshot's folder.
 
-    Cost: one forward of the teacher for every window, and per step one forward and backward of the student.
+    Cost: one forward of the teacher for every window that has no answer yet, and per step one forward and backward of
+        the student.
     Raises:
         InputError: the batch does not divide over the processes.
         DivergedError: the student is left at its best step, and the snapshot is there.
@@ -129,9 +131,9 @@ def distill(
     optimizer = torch.optim.Adam(student.groups(), betas=(0.9, 0.95))
     name = identity(schedule, seed, windows=windows, held_out=held_out)
     course = None if snapshot is None else load(snapshot, name, student.learned, optimizer)
-    scratch = None if snapshot is None else snapshot.parent
+    folder = None if snapshot is None else snapshot.parent
     used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
-    answers, others = asked(teacher, windows[used], held_out, schedule, scratch, progress)
+    answers, others = asked(teacher, windows[used], held_out, schedule, folder, progress)
     measure = partial(mean_divergence, others, student, held_out)
     if course is None:
         start = measure()

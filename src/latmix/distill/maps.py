@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from latmix.distill.loop import distill
 from latmix.distill.snapshot import Step
 from latmix.distill.student import Student
+from latmix.distill.teacher import Teacher
 from latmix.model.attach import Attached
 from latmix.progress import Progress
 from latmix.recipe import Learning
@@ -45,7 +45,7 @@ def volume(maps: nn.Module) -> Tensor:
 
 def learn(
     attached: Attached,
-    teacher: Callable[[], PreTrainedModel],
+    teacher: Teacher,
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
     learning: Learning,

@@ -1,8 +1,8 @@
 """A learning stage on disk: everything that its next step depends on, in one file that is there whole or not at all.
 
-The order of the windows is a function of the seed and the teacher's answers are computed again, so what learned, its
-average, Adam's moments, the best state and the curve are all there is: a stage that goes on takes the same steps, bit
-for bit, and reports the whole curve again. A file that belongs to other steps is refused by the name of what
+The order of the windows is a function of the seed and the teacher's answers have a file of their own, so what learned,
+its average, Adam's moments, the best state and the curve are all there is: a stage that goes on takes the same steps,
+bit for bit, and reports the whole curve again. A file that belongs to other steps is refused by the name of what
 differs. Given up: going on with another schedule.
 """
 

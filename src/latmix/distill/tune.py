@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from latmix.distill.loop import distill
 from latmix.distill.snapshot import Step
 from latmix.distill.student import Student
+from latmix.distill.teacher import Teacher
 from latmix.model.free import Free
 from latmix.progress import Progress
 from latmix.recipe import Tuning
@@ -40,7 +41,7 @@ class Freed(Student):
 def tune(
     model: PreTrainedModel,
     parts: Free,
-    teacher: Callable[[], PreTrainedModel],
+    teacher: Teacher,
     windows: Int[Tensor, "learn window"],
     held_out: Int[Tensor, "held_out window"],
     tuning: Tuning,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from latmix.errors import InputError, UnavailableError
 from latmix.export.base import EXPORTS, Export
-from latmix.export.growing import Part, grow
 from latmix.export.source import PACKED, SCALE, Source
 from latmix.export.vocabulary import add_tokenizer
+from latmix.growing import Part, grow
 
 LINEARS = {
     "self_attn.q_proj": "attn_q",

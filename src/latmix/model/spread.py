@@ -8,11 +8,12 @@ no room for that, the layers wait in the CPU's memory (FSDP2's offloading), and 
 import math
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from latmix import ranks
 from latmix.model.fold import absorb_head, absorb_layer
-from latmix.model.parts import layers
+from latmix.model.parts import layers, linear
 from latmix.model.source import Source
 from latmix.progress import Progress
 from latmix.sharding import join_layers, shard
@@ -36,6 +37,15 @@ def spread(source: Source, progress: Progress) -> PreTrainedModel:
         progress.advance()
     join_layers(model.base_model)
     return model
+
+
+def head_of(source: Source) -> nn.Linear:
+    """The head alone of the model that `spread` makes. Raises: DamagedError: a tensor cannot be read."""
+    model, arch = source.skeleton(), source.arch
+    for path in (arch.final_norm, arch.head):
+        source.fill(model.get_submodule(path), path)
+    absorb_head(model, arch)
+    return linear(model, arch.head)
 
 
 def too_large(source: Source, numbers: float) -> bool:
