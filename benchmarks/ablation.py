@@ -2,59 +2,67 @@
 
     python benchmarks/ablation.py MODEL --out comparisons/ablation [--seeds 3] [--steps N] [options of latmix compare]
 
-Every row is latmix-plus with parts taken away or put in, written as a recipe file into the output folder and run by
-`latmix compare`: resumable, on equal terms, with spread over seeds and the cost in time. `--windows 32,64` adds
-latmix-plus and GPTQ at fewer calibration windows. To see what another domain makes of the same runs, run it again with
-another `--text`: only the evaluation is new.
+Every row is latmix-plus with parts taken away or put in, run by `latmix.compare`: resumable, on equal terms, with
+spread over seeds and the cost in time. Rows that differ in tuning alone share what comes before it: a run that is
+stopped there goes on with another tuning, to the same bytes. `--windows 32,64` adds latmix-plus and GPTQ at fewer
+calibration windows. To see what another domain makes of the same runs, run it again with another `--text`: only the
+evaluation is new.
 """
 
 import argparse
 import dataclasses
-import subprocess
+import itertools
+import shlex
+import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+from latmix import quantize
+from latmix.comparison import Texts, compare
+from latmix.comparison.plan import Cell, Measures, cells
+from latmix.progress import Progress
 from latmix.recipe import Recipe, Tuning
 from latmix.recipes import find
-from latmix.rundir import write_text
+from latmix.rundir import partial_of, write_text
 
 PLUS = find("latmix-plus")
-assert PLUS.tuning is not None
-NOTHING = dataclasses.replace(PLUS.tuning, kept=(), biases=(), codes=False)
-MAPS = find("latmix-qr")
+EVERYTHING = PLUS.tuning or Tuning()
+NOTHING = dataclasses.replace(EVERYTHING, kept=(), biases=(), codes=False)
+STARTS = {
+    "without maps": {"folded": find("block-hadamard").folded, "learning": None},
+    "with maps in LU form": {"folded": find("latmix-lu").folded},
+    "with weights rounded to nearest": {"quantizer": "rtn"},
+}
 
 
-def with_tuning(name: str, base: Tuning, recipe: Recipe = PLUS, **parts: object) -> Recipe:
-    return dataclasses.replace(recipe, name=name, tuning=dataclasses.replace(base, **parts))  # type: ignore[arg-type]
+def with_tuning(name: str, base: Tuning, **parts: object) -> Recipe:
+    return dataclasses.replace(PLUS, name=name, tuning=dataclasses.replace(base, **parts))  # type: ignore[arg-type]
 
 
 def variants(everything: Tuning, nothing: Tuning) -> list[Recipe]:
     """In the order of the table: the start, one part at a time, everything, everything but one part, other starts."""
-    kept, biases = everything.kept, everything.biases
-    alone: dict[str, dict[str, object]] = {
-        "gains": {"kept": ("gains",)},
-        "biases": {"biases": biases},
-        "embedding": {"kept": ("embedding",)},
-        "head": {"kept": ("head",)},
-        "codes": {"codes": True, "scales_lr": 0.0},
-        "codes, scales": {"codes": True},
+    kept = everything.kept
+    parts: dict[str, dict[str, tuple[object, object]]] = {  # key of the recipe → alone, and what the rest is
+        "gains": {"kept": (("gains",), tuple(part for part in kept if part != "gains"))},
+        "biases": {"biases": (everything.biases, ())},
+        "embedding and head": {"kept": (("embedding", "head"), ("gains",))},
+        "codes": {"codes": (True, False)},
     }
-    without: dict[str, dict[str, object]] = {
-        **{part: {"kept": tuple(other for other in kept if other != part)} for part in kept},
-        "biases": {"biases": ()},
-        "scales": {"scales_lr": 0.0},
-        "codes, scales": {"codes": False},
-        "the mean of its steps": {"average": False},
-    }
-    gptq = dataclasses.replace(PLUS, folded={}, online={})
+    everywhere = with_tuning("latmix-plus", everything)
     return [
         dataclasses.replace(PLUS, name="nothing tuned", tuning=None),
-        *(with_tuning(f"only {part}", nothing, **parts) for part, parts in alone.items()),
-        with_tuning("latmix-plus", everything),
-        *(with_tuning(f"without {part}", everything, **parts) for part, parts in without.items()),
-        with_tuning("after latmix-qr", everything, MAPS),
-        with_tuning("after plain GPTQ", everything, gptq),
-        with_tuning("after rounding to nearest", everything, dataclasses.replace(PLUS, quantizer="rtn")),
+        *(
+            with_tuning(f"only {name}", nothing, **{key: on for key, (on, _) in part.items()})
+            for name, part in parts.items()
+        ),
+        everywhere,
+        *(
+            with_tuning(f"without {name}", everything, **{key: off for key, (_, off) in part.items()})
+            for name, part in parts.items()
+        ),
+        with_tuning("without the mean of its steps", everything, average=False),
+        *(dataclasses.replace(everywhere, name=name, **changes) for name, changes in STARTS.items()),
     ]
 
 
@@ -63,15 +71,57 @@ def at_windows(recipe: Recipe, count: int) -> Recipe:
     return dataclasses.replace(recipe, name=f"{recipe.name}, {count} windows", calibration=calibration)
 
 
+class Reached(Exception):
+    """A run has come to its tuning."""
+
+
+class Before(Progress):
+    """Stops a run when tuning is about to take its first step."""
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        if name == Tuning.key:
+            raise Reached
+
+
+def share(planned: Iterable[Cell], trunks: Path) -> None:
+    """Put what comes before tuning into the folders of those cells that have it in common with others."""
+    waiting = [cell for cell in planned if cell.recipe and cell.recipe.tuning and not cell.run.exists()]
+    for trunk, each in itertools.groupby(sorted(waiting, key=start), start):
+        alike = [cell for cell in each if not partial_of(cell.run).exists()]
+        if len(alike) < 2:
+            continue
+        whole = partial_of(trunks / trunk)
+        try:
+            quantize(alike[0].model, trunks / trunk, alike[0].recipe or "", alike[0].calibration, progress=Before())
+        except Reached:
+            for cell in alike:
+                shutil.copytree(whole, partial_of(cell.run))
+        shutil.rmtree(whole)
+
+
+def start(cell: Cell) -> str:
+    """Names what a cell does before tuning."""
+    assert cell.recipe is not None
+    return dataclasses.replace(cell.recipe, name="", tuning=None).digest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=PLUS.tuning.steps, help="of tuning, in every row")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=EVERYTHING.steps, help="of tuning, in every row")
     parser.add_argument("--windows", default="", help="sizes of calibration to scale over, separated by commas")
     parser.add_argument("--rows", default="", help="only the rows of these names, separated by semicolons")
-    args, options = parser.parse_known_args()
-    everything, nothing = (dataclasses.replace(base, steps=args.steps) for base in (PLUS.tuning, NOTHING))
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--split", type=float)
+    parser.add_argument("--separator")
+    parser.add_argument("--window", type=int)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--jobs", type=int)
+    args = parser.parse_args()
+    everything, nothing = (dataclasses.replace(base, steps=args.steps) for base in (EVERYTHING, NOTHING))
     recipes = [find("gptq"), *variants(everything, nothing)]
     plus = with_tuning("latmix-plus", everything)
     for count in map(int, filter(None, args.windows.split(","))):
@@ -80,10 +130,20 @@ def main() -> None:
         recipes = [recipe for recipe in recipes if recipe.name in ["gptq", *args.rows.split(";")]]
     files = []
     for recipe in recipes:
-        files.append(args.out / "recipes" / f"{recipe.name.replace(' ', '-').replace(',', '')}.json")
-        write_text(files[-1], recipe.to_json())
-    command = ["compare", str(args.model), "--recipes", ",".join(map(str, files)), "--out", str(args.out), *options]
-    sys.exit(subprocess.run([sys.executable, "-m", "latmix", *command]).returncode)
+        files.append(str(args.out / "recipes" / f"{recipe.name.replace(' ', '-').replace(',', '')}.json"))
+        write_text(Path(files[-1]), recipe.to_json())
+    texts = Texts(args.calibration, args.text, args.split, args.separator and args.separator.replace("\\n", "\n"))
+    settings = dict(pair.split("=", 1) for pair in args.set)
+    calibration, text = texts.files(args.out)
+    cut = {"calibration.separator": texts.separator} if texts.separator else {}
+    cut |= {"calibration.window": str(args.window)} if args.window else {}
+    measures = Measures(str(text), texts.separator, args.window)
+    share(cells(args.model, files, args.out, args.seeds, calibration, measures, settings | cut), args.out / "trunks")
+    head = f"Regenerate:\n\n    {shlex.join(['python', *sys.argv])}\n"
+    terms = {"seeds": args.seeds, "texts": texts, "window": args.window, "settings": settings}
+    rows = compare(args.model, files, args.out, **terms, jobs=args.jobs, head=head)
+    print((args.out / "table.md").read_text("utf-8"))
+    sys.exit(any(row.failures for row in rows))
 
 
 if __name__ == "__main__":

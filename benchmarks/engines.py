@@ -44,7 +44,7 @@ CASES: list[tuple[str, dict[str, str]]] = [(recipe, {}) for recipe in RECIPES]
 CASES += [  # what all targets serve
     ("block-hadamard", {"online.down": "none"}),
     ("latmix-lu", {"folded.residual": "lu:shift=layers", "online.down": "none"}),
-    ("latmix-plus", {"online.down": "none"}),
+    ("latmix-plus", {"folded.residual": "qr:shift=layers", "online.down": "none"}),
 ]
 CASES += [
     ("gptq", {"activations": "none"}),

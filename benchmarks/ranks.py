@@ -28,7 +28,7 @@ STEPS = {"steps": "4", "batch": "8", "evaluate_every": "4"}
 RECIPES = {
     "gptq": WINDOWS,
     "latmix-qr": FEW | {f"learning.{key}": value for key, value in STEPS.items()},
-    "latmix-plus": FEW | {f"tuning.{key}": value for key, value in STEPS.items()},
+    "latmix-plus": FEW | {f"{stage}.{key}": value for stage in ("learning", "tuning") for key, value in STEPS.items()},
 }
 STAGES = ("learn", "quantize", "fold", "measure", "tune")
 

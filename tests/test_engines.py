@@ -17,7 +17,7 @@ from tests.texts import CALIBRATION
 
 SMALL = {"calibration.windows": "8", "calibration.held_out": "2", "calibration.window": "128"}
 LEARNED = SMALL | {"learning.steps": "2", "learning.batch": "2"}
-TUNED = SMALL | {"tuning.steps": "4", "tuning.batch": "2", "tuning.evaluate_every": "4", "tuning.codes": "false"}
+TUNED = LEARNED | {"tuning.steps": "4", "tuning.batch": "2", "tuning.evaluate_every": "4", "tuning.codes": "false"}
 CT = {"target": "compressed-tensors"}
 NVFP4 = {"weights": "nvfp4", "activations": "nvfp4:tensor_scale=1"}
 MXFP8 = {"weights": "mxfp8_e4m3", "activations": "mxfp8_e4m3:scale=rceil"}

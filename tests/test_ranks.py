@@ -120,7 +120,7 @@ def test_accelerate_launch_starts_the_same_two_processes(model: Path, two: Path,
         assert content(tmp_path / name) == content(two / name)
 
 
-@pytest.mark.parametrize(("recipe", "stage", "held"), [("latmix-qr", "learning", 1), ("latmix-plus", "tuning", 0)])
+@pytest.mark.parametrize(("recipe", "stage", "held"), [("latmix-qr", "learning", 1), ("block-hadamard", "tuning", 0)])
 def test_layers_that_wait_in_the_cpus_memory_learn_the_same(
     recipe: str, stage: str, held: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

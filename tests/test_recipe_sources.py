@@ -108,8 +108,8 @@ def test_latmix_learns_full_affine_maps_of_stream_and_values_on_kl(name: str, fo
     assert torch.equal(*signs)  # whatever is learned
 
 
-def test_latmix_plus_is_block_hadamard_tuned() -> None:
-    assert find("latmix-plus") == dataclasses.replace(find("block-hadamard"), name="latmix-plus", tuning=Tuning())
+def test_latmix_plus_is_latmix_tuned() -> None:
+    assert find("latmix-plus") == dataclasses.replace(find("latmix-qr"), name="latmix-plus", tuning=Tuning())
 
 
 def test_quarot_rotates_everything_at_random_and_rtn_differs_in_the_weights_alone(model) -> None:

@@ -33,9 +33,7 @@ PLAIN = {
     "calibration.window": "32",
     "online.qkv": "block-hadamard",
 }
-LEARNED = {"folded.values": "qr"} | {
-    f"{stage}.{key}": "2" for stage in ("learning", "tuning") for key in ("steps", "batch")
-}
+LEARNED = {f"{stage}.{key}": "2" for stage in ("learning", "tuning") for key in ("steps", "batch")}
 SETTINGS = {"block-hadamard": PLAIN, "latmix-plus": PLAIN | LEARNED | {"quantizer": "gptaq"}}
 
 

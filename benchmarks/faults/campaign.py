@@ -28,7 +28,7 @@ CALIBRATED = {"calibration.windows": "4", "calibration.held_out": "2", "calibrat
 LEARNING = {f"learning.{key}": value for key, value in (("steps", "6"), ("batch", "2"), ("evaluate_every", "2"))}
 TUNING = {f"tuning.{key}": value for key, value in (("steps", "6"), ("batch", "2"), ("evaluate_every", "2"))}
 RECIPES = {
-    "latmix-plus": CALIBRATED | LEARNING | TUNING | {"folded.values": "qr"},  # it has every stage
+    "latmix-plus": CALIBRATED | LEARNING | TUNING,  # it has every stage
     "flatquant": CALIBRATED | {"layerwise.epochs": "2", "layerwise.batch": "2"},
     "wush": CALIBRATED,
     "gptq": CALIBRATED,

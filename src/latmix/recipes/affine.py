@@ -3,7 +3,6 @@
 import dataclasses
 
 from latmix.recipe import Learning, Recipe, Tuning
-from latmix.recipes.plain import block_hadamard
 from latmix.recipes.registry import preset
 
 ONLINE = {"down": "block-hadamard"}  # T3, the method's one online operation
@@ -23,12 +22,11 @@ def latmix_qr() -> Recipe:
 
 @preset
 def latmix_plus() -> Recipe:
-    """Block-Hadamard folded, GPTQ, then all that is free tuned on KL: gains, biases, embedding, head, codes, scales.
+    """latmix-qr, then all that is free tuned on KL: gains, biases, embedding, head, codes, scales.
 
-    Not published. Same format and online operation as LATMiX; no map is learned: under tuning one brought nothing
-    (one seed, docs/log.md).
+    Not published. Same format and online operation as LATMiX.
     """
-    return dataclasses.replace(block_hadamard(), name="latmix-plus", tuning=Tuning())
+    return dataclasses.replace(latmix_qr(), name="latmix-plus", tuning=Tuning())
 
 
 def _latmix(form: str) -> Recipe:
