@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, exit codes, files."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,23 @@ def test_flags_do_not_grow() -> None:
         "report": 1,
         "verify": 2,
     }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_told_by_the_exit_code_whatever_a_library_makes_of_it(number: signal.Signals) -> None:
+    program = f"""
+import os
+from latmix.cli import app, main
+
+@app.command()
+def stop() -> None:
+    try:
+        os.kill(os.getpid(), {number:d})
+    except BaseException:
+        raise ValueError("could not determine the shape of object type 'UntypedStorage'") from None
+
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program, "stop"], capture_output=True, text=True)
+    assert done.returncode == 128 + number, done.stderr
+    assert "Traceback" not in done.stderr and "Aborted." in done.stderr
