@@ -35,8 +35,8 @@ SCORED, LEARNED = (
     {"kl": 8, "cross-entropy": 4},
 )  # tensors of the size of the logits at once: measured, learned from
 SLOWER, START = 2, 6.0  # rounding, attention and small operations take as long as the products; seconds of imports
-HESSIAN = 20  # bytes for each of its numbers: H in float32, damped and its factor in float64
-AIMED = 20  # the same of a cross moment: C in float32, H and C in float64 (not measured)
+HESSIAN = 12  # bytes for each of its numbers: H in float32, its factor, or H while it is added up, in float64
+AIMED = 12  # the same of a cross moment: C in float32, a second matrix in float64 (not measured)
 ROUNDED = 7  # float32 copies of a linear while it is folded or rounded
 
 

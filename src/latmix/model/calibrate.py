@@ -17,6 +17,7 @@ from latmix.archs import Arch, Input
 from latmix.model.parts import layers, linear
 
 BATCH = 8  # windows in one forward
+ROWS = 1024  # of a moment matrix that are added to at a time
 
 Arguments = Mapping[str, Any]
 """Keyword arguments of a layer's forward: rotary tables, a mask."""
@@ -53,12 +54,18 @@ def moments(
     cross = None if originals is None else torch.zeros_like(hessian)
     tokens, aims = torch.zeros((), dtype=torch.int64, device=hessian.device), iter(originals or ())
     for x in entering(layer, arguments, batches, spot):
-        hessian.add_(x.T @ x)
+        _add_products(hessian, x, x)
         tokens.add_(len(x))
         if cross is not None:
-            cross.add_(next(aims).T @ x)
+            _add_products(cross, next(aims), x)
     ranks.add_up(tokens, hessian, *(() if cross is None else (cross,)))
     return Moments(hessian.div_(tokens).float(), None if cross is None else cross.div_(tokens).float())
+
+
+def _add_products(total: Float[Tensor, "n n"], y: Float[Tensor, "tokens n"], x: Float[Tensor, "tokens n"]) -> None:
+    """Add yᵀx, some rows of it at a time: all of it would be half as large as the total."""
+    for room, some in zip(total.split(ROWS), y.split(ROWS, dim=1), strict=True):
+        room.add_(some.T @ x)
 
 
 @torch.no_grad()

@@ -32,6 +32,11 @@ def widen(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
+def finite(x: Float[Tensor, "*shape"]) -> bool:
+    """Whether all of it is, in one pass that writes nothing: extremes of what holds NaN are NaN."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
 def power_of_two_below(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """2^floor(log2|x|), exactly: 0 for zero and for subnormal x, Inf for Inf and NaN. Float32 and float64."""
     integer, mask = _EXPONENT_FIELD[x.dtype]

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from latmix.errors import InputError
 from latmix.numerics import BlockFormat, Quantized
-from latmix.transforms.base import identity
 from latmix.weights.base import WEIGHT_QUANTIZERS
 from latmix.weights.gptq import GPTQ, check_moment, mean_diagonal
 
@@ -34,7 +33,7 @@ class GPTAQ(GPTQ):
     damping: as there, and it pulls W* towards W.
 
     Raises: LatmixError: as there; no cross moment, or one of another size, or not finite.
-    Cost: another n³ + out·n² multiply-adds; 24 n² bytes, 8 for each element of the weight.
+    Cost: another n³ + out·n² multiply-adds; 16 n² bytes instead of 8, 8 for each element of the weight.
     """
 
     needs_cross: ClassVar[bool] = True
@@ -58,10 +57,17 @@ class GPTAQ(GPTQ):
         self, weight: Float[Tensor, "out n"], hessian: Float[Tensor, "n n"], cross: Float[Tensor, "n n"]
     ) -> Float[Tensor, "out n"]:
         """W*, in the weight's dtype."""
-        wide = hessian.double()
-        pull = self.damping * mean_diagonal(wide.diagonal()) * identity(len(wide), wide)
-        found: Tensor = torch.linalg.solve(wide + pull, (cross.double() + pull).T @ weight.double().T).T
+        pull = self.damping * mean_diagonal(hessian.diagonal())
+        wanted = _pulled(cross, pull).T @ weight.double().T
+        found: Tensor = torch.linalg.solve(_pulled(hessian, pull), wanted).T
         return found.to(weight.dtype).contiguous()
+
+
+def _pulled(moment: Float[Tensor, "n n"], pull: Float[Tensor, ""]) -> Float64[Tensor, "n n"]:
+    """In float64, with more on its diagonal."""
+    wide = moment.to(torch.float64, copy=True)
+    wide.diagonal().add_(pull)
+    return wide
 
 
 WEIGHT_QUANTIZERS.add("gptaq", GPTAQ)

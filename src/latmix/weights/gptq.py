@@ -28,11 +28,12 @@ from torch import Tensor
 
 from latmix.errors import FailedError, InputError
 from latmix.numerics import BlockFormat, Quantized, choose_scales, choose_tensor_scale, encode, round_columns
-from latmix.numerics.rounding import widen
+from latmix.numerics.rounding import finite, widen
 from latmix.weights.base import WEIGHT_QUANTIZERS, MoreDamping, WeightQuantizer
 
 DAMPING_LIMIT = 1.0
 """A Hessian that needs more than its own mean diagonal added to become positive definite is no mean of x xᵀ."""
+GATHERED = 256  # of its rows that are put into order at a time
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class GPTQ(WeightQuantizer):
     Raises:
         LatmixError: settings out of range; no Hessian, or one of another size, or not finite, or not positive definite
             at the damping limit; a weight that is not finite.
-    Cost: n³/3 + out·n²/2 multiply-adds; for a float64 weight n steps of about 20 small operations besides. 16 n² bytes
-        for the factor, which is taken in float64; three more copies of the weight, in float32 (float64 for a float64
-        weight).
+    Cost: n³/3 + out·n²/2 multiply-adds; for a float64 weight n steps of about 20 small operations besides. 8 n² bytes
+        for the factor, taken in float64 and in place; three more copies of the weight, in float32 (float64 for a
+        float64 weight).
     """
 
     act_order: bool = True
@@ -82,7 +83,7 @@ class GPTQ(WeightQuantizer):
             raise InputError("gptq needs the Hessian of the weight's inputs; rtn needs none.")
         wide, hessian = widen(weight), hessian.to(weight.device)
         check_moment("gptq", "Hessian", hessian, wide.shape[-1])
-        if not _finite(wide):
+        if not finite(wide):
             raise FailedError("gptq: the weight holds NaN or Inf.")
         diagonal = hessian.diagonal()
         tensor_scale = choose_tensor_scale(wide, format) if tensor_scale is None else tensor_scale
@@ -102,13 +103,8 @@ def check_moment(quantizer: str, name: str, moment: Tensor, n: int) -> None:
     """Raises: LatmixError: it is not of n inputs, or not finite."""
     if moment.shape != (n, n):
         raise InputError(f"{quantizer}: the {name} is {tuple(moment.shape)}; a weight of {n} inputs needs ({n}, {n}).")
-    if not _finite(moment):
+    if not finite(moment):
         raise FailedError(f"{quantizer}: the {name} holds NaN or Inf; the calibration activations overflowed.")
-
-
-def _finite(matrix: Tensor) -> bool:
-    """In one pass that writes nothing: extremes of what holds NaN are NaN."""
-    return bool(torch.stack(torch.aminmax(matrix)).isfinite().all())
 
 
 def mean_diagonal(diagonal: Float[Tensor, " n"]) -> Float[Tensor, ""]:
@@ -119,17 +115,19 @@ def mean_diagonal(diagonal: Float[Tensor, " n"]) -> Float[Tensor, ""]:
 
 def _factor(hessian: Float[Tensor, "n n"], order: Int[Tensor, " n"], damping: float) -> Float64[Tensor, "n n"]:
     """L of H = L Lᵀ, the last column to be processed first: read forwards again, the N of H = N D Nᵀ, but for D."""
-    last_first = order.flip(0)
-    damped = hessian.index_select(0, last_first).index_select(1, last_first).double()  # faster than both at once
-    diagonal, unit, grown = damped.diagonal().clone(), mean_diagonal(damped.diagonal()), damping
+    last_first, grown = order.flip(0), damping
+    factor = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device).mT  # as LAPACK lays it out
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while grown <= DAMPING_LIMIT:
-        damped.diagonal().copy_(diagonal + grown * unit)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        for some, room in zip(last_first.split(GATHERED), factor.mT.split(GATHERED), strict=True):
+            room.copy_(hessian.index_select(0, some).index_select(1, last_first))  # faster than both at once
+        diagonal = factor.diagonal()
+        diagonal.add_(grown * mean_diagonal(diagonal))
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))  # in place: the matrix is gone where it fails
         if not failed:
             if grown > damping:
                 warnings.warn(MoreDamping(grown), stacklevel=3)
-            found: Tensor = factor
-            return found
+            return factor
         grown *= 10
     raise FailedError(f"gptq: the Hessian is not positive definite, even with damping grown to {DAMPING_LIMIT:g}.")
 
