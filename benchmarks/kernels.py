@@ -18,7 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from latmix.numerics import encode, fake_quant, kernels, pack, parse_format, rotated_fake_quant
+from latmix import compiled
+from latmix.numerics import encode, fake_quant, pack, parse_format, rotated_fake_quant
 
 FORMAT = parse_format("mxfp4:scale=even")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -89,7 +90,7 @@ def input(size: int, dtype: torch.dtype, device: str) -> Tensor:
 
 def measure_cpu(rounds: int) -> None:
     columns = [best_times(input(4096, dtype, "cpu"), rounds) for dtype in DTYPES]
-    print(f"CPU: {kernels.status()}; {torch.get_num_threads()} threads")
+    print(f"CPU: {compiled.status()}; {torch.get_num_threads()} threads")
     print("| | float32, ms | of clone's speed | bfloat16, ms | of clone's speed |\n|---|---|---|---|---|")
     for name in columns[0]:
         cells = [f"{best[name]:.1f} | {best['clone'] / best[name]:.2f}" for best in columns]
@@ -109,7 +110,7 @@ def measure_gpu(rounds: int) -> None:
             for name, milliseconds in best_times(x, rounds).items()
         }
         columns.append(rates)
-    print(f"GPU: {kernels.status()}; {torch.cuda.get_device_name()}")
+    print(f"GPU: {compiled.status()}; {torch.cuda.get_device_name()}")
     print("| | float32, GB/s | of copy_'s bandwidth | bfloat16, GB/s | of copy_'s bandwidth |\n|---|---|---|---|---|")
     for name in columns[0]:
         cells = [f"{rates[name]:.0f} | {rates[name] / rates['copy_']:.2f}" for rates in columns]

@@ -3,12 +3,14 @@
     python benchmarks/scaling.py [--calibrated] [--sizes 0.5B 1B:12 …] [--vocabulary N] [--folder DIR] [--json FILE]
 
 Checkpoints of real shapes with random weights, in bfloat16 shards, are made once in --folder; `1B:12` has 12 layers of
-a 1B model. Each is quantized by `block-hadamard` in a process of its own: maps folded, weights rounded to nearest,
-shards written, no activation computed; with --calibrated by GPTQ on 8 windows of 128 tokens, and measured on 8 more.
-Reported: the largest resident memory that the kernel saw (VmHWM: with the pages of mapped files, which are the
-checkpoint's own and can be dropped), the largest anonymous part of it (sampled every 20 ms: what really has to be
-there), seconds and resident memory by stage, and the exponents p of cost ∝ size^p. The limit beside it is the time in
-which the same process reads the bytes of the checkpoint once and copies them.
+a 1B model. Each is quantized by `rtn` and by `block-hadamard` with weights rounded to nearest, each in a process of its
+own: read, maps folded, weights rounded, shards written, no activation computed; with --calibrated by `block-hadamard`
+and GPTQ on 8 windows of 128 tokens, and measured on 8 more.
+Reported, as a table of docs/results/scaling.md: the largest resident memory that the kernel saw (VmHWM: with the pages
+of mapped files, which are the checkpoint's own and can be dropped), the largest anonymous part of it (sampled every
+20 ms: what really has to be there), seconds by the clock and of the processor, seconds by stage (what is in none is
+checksums, of the original and of what was written, and preparation), and the exponents p of cost ∝ size^p. The limit
+beside it is the time in which the same process reads the bytes of the checkpoint once and copies them.
 """
 
 import argparse
@@ -90,7 +92,7 @@ def memory() -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
 
 
-def child(model: Path, out: Path, settings: dict[str, str]) -> None:
+def child(model: Path, out: Path, recipe: str, settings: dict[str, str]) -> None:
     """One run, and what it needed, as a line of JSON."""
     peak, over = [0], threading.Event()
 
@@ -108,9 +110,9 @@ def child(model: Path, out: Path, settings: dict[str, str]) -> None:
     before = memory()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
-    run = latmix.quantize(model, out, "block-hadamard", seed=SEED, settings=settings)
-    seconds = time.perf_counter() - began
+    began, worked = time.perf_counter(), time.process_time()
+    run = latmix.quantize(model, out, recipe, seed=SEED, settings=settings)
+    seconds, worked = time.perf_counter() - began, time.process_time() - worked
     over.set()
     watcher.join()
     stages = run.summary["stages"]
@@ -119,6 +121,7 @@ def child(model: Path, out: Path, settings: dict[str, str]) -> None:
         "anonymous": peak[0],
         "idle": before["RssAnon"],
         "seconds": seconds,
+        "processor": worked,
         "reading": reading,
         "stages": {name: stage["seconds"] for name, stage in stages.items()},
         "peaks": {name: stage["peak_bytes"] for name, stage in stages.items()},
@@ -126,10 +129,10 @@ def child(model: Path, out: Path, settings: dict[str, str]) -> None:
     print("RESULT " + json.dumps(found))
 
 
-def measure(model: Path, out: Path, *flags: str) -> dict[str, Any]:
+def measure(model: Path, out: Path, recipe: str, *flags: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
-    command = [sys.executable, __file__, *flags, "--child", str(model), str(out)]
+    command = [sys.executable, __file__, *flags, "--child", str(model), str(out), recipe]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(out)
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
@@ -145,6 +148,30 @@ def exponent(results: list[dict[str, Any]], key: str) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
+STAGES = {"fold": "folding", "load": "reading", "quantize": "rounding", "save": "writing"}
+ROUNDED_TABLE = ("shape", "recipe", "parameters", "resident, MiB", "anonymous, MiB", "seconds", "of the processor",
+                 *STAGES.values(), "checksums, rest", "read + copy alone", "times that")  # fmt: skip
+WORK = {"fold": "folding", "quantize": "quantizing", "measure": "measuring"}
+CALIBRATED_TABLE = ("shape", "parameters", "resident, MiB", "anonymous, MiB", *WORK.values(), "seconds", *WORK.values())
+
+
+def rounded_row(size: str, recipe: str, found: dict[str, Any]) -> list[str]:
+    rest = found["seconds"] - sum(found["stages"].values())
+    times = [found["seconds"], found["processor"], *(found["stages"][name] for name in STAGES), rest, found["reading"]]
+    words = [*_memory(found), *(f"{seconds:.1f}" for seconds in times), f"{found['seconds'] / found['reading']:.1f}"]
+    return [size, recipe, f"{found['parameters'] / 1e9:.2f} · 10⁹", *words]
+
+
+def calibrated_row(size: str, found: dict[str, Any]) -> list[str]:
+    peaks = [f"{found['peaks'][name] / MIB:.0f}" for name in WORK]
+    times = [f"{seconds:.0f}" for seconds in (found["seconds"], *(found["stages"][name] for name in WORK))]
+    return [size, f"{found['parameters'] / 1e9:.3f} · 10⁹", *_memory(found), *peaks, *times]
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    return [f"{found[key] / MIB:.0f}" for key in ("resident", "anonymous")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -154,29 +181,28 @@ def main() -> None:
     parser.add_argument("--calibrated", action="store_true", help="GPTQ instead of rounding to nearest")
     parser.add_argument("--folder", type=Path, default=Path("scaling"))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        child(*options.child, CALIBRATED if options.calibrated else ROUNDED)
+        model, out, recipe = options.child
+        child(Path(model), Path(out), recipe, CALIBRATED if options.calibrated else ROUNDED)
         return
+    flags, recipes = (["--calibrated"], ["block-hadamard"]) if options.calibrated else ([], ["rtn", "block-hadamard"])
+    columns = CALIBRATED_TABLE if options.calibrated else ROUNDED_TABLE
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     results = []
-    print("size    params  RSS MiB  anon MiB  seconds  read+copy   of it: stages")
     for size in options.sizes:
-        flags = ["--calibrated"] if options.calibrated else []
-        found = measure(make(options.folder, size, options.vocabulary), options.folder / "run", *flags)
-        results.append({"size": size, **found})
-        stages = ", ".join(
-            f"{name} {seconds:.1f} s {found['peaks'][name] / MIB:.0f} MiB" for name, seconds in found["stages"].items()
-        )
-        memory_words = f"{found['resident'] / MIB:8.0f} {found['anonymous'] / MIB:9.0f}"
-        print(
-            f"{size:5} {found['parameters'] / 1e9:7.2f}B {memory_words} {found['seconds']:8.1f} "
-            f"{found['reading']:10.1f}   {stages}",
-            flush=True,
-        )
-    if len(results) > 1:
-        words = ", ".join(f"{key} {exponent(results, key):.2f}" for key in ("resident", "anonymous", "seconds"))
-        print(f"exponent of the growth: {words}; seed {SEED}, torch {torch.__version__}, {os.cpu_count()} cores")
+        for recipe in recipes:
+            model = make(options.folder, size, options.vocabulary)
+            found = measure(model, options.folder / "run", recipe, *flags)
+            results.append({"size": size, "recipe": recipe, **found})
+            row = calibrated_row(size, found) if options.calibrated else rounded_row(size, recipe, found)
+            print(f"| {' | '.join(row)} |", flush=True)
+    for recipe in recipes if len(options.sizes) > 1 else []:
+        mine = [found for found in results if found["recipe"] == recipe]
+        words = ", ".join(f"{key} {exponent(mine, key):.2f}" for key in ("resident", "anonymous", "seconds"))
+        print(f"{recipe}: exponent of the growth: {words}")
+    print(f"seed {SEED}, torch {torch.__version__}, {torch.get_num_threads()} threads on {os.cpu_count()} cores")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 

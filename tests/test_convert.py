@@ -15,7 +15,7 @@ from latmix import convert
 from latmix.archs import ARCHS
 from latmix.convert import Conversion, Task
 from latmix.errors import FailedError, InputError
-from latmix.model import calibrate, fold_linear, maps, states
+from latmix.model import calibrate, fold_linear, maps, states, tensors
 from latmix.model.calibrate import Moments
 from latmix.model.fold import absorb_layer
 from latmix.model.maps import build_maps, reports
@@ -82,22 +82,24 @@ def test_without_calibration_and_measurement_no_activation_is_computed(
         quantize(model, tmp_path / "learned", "latmix-lu", **{"calibration.held_out": "0"})
 
 
-def test_where_no_activation_is_computed_linears_that_share_a_scale_are_in_memory(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("weights", "rows"), [("mxfp4:scale=even", {1, 16, 32}), ("nvfp4", {1, 16})])
+def test_where_no_activation_is_computed_some_rows_are_in_memory(
+    weights: str, rows: set[int], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, right = list[int](), convert.fold_reader
+    """How many they are changes nothing: those of a head, of a block, or what fills a piece."""
+    alone = {"quantizer": "rtn", "calibration.held_out": "0", "weights": weights, "activations": "none"}
+    together = quantize(model, tmp_path / "whole", "block-hadamard", **alone)
+    seen, right = set[int](), fold_linear.Folding.move
 
-    def watched(layer: torch.nn.Module, *rest: object, **options: object) -> None:
-        there.append(sum(not layer.get_submodule(name).weight.is_meta for name in LLAMA.linears))
-        right(layer, *rest, **options)
+    def watched(folding: fold_linear.Folding, weight: torch.Tensor, bias: None, at: int) -> None:
+        seen.add(len(weight))
+        return right(folding, weight, bias, at)  # type: ignore[return-value]
 
-    monkeypatch.setattr(convert, "fold_reader", watched)
-    alone = {"quantizer": "rtn", "calibration.held_out": "0"}
-    quantize(model, tmp_path / "alone", **alone)
-    assert there == [1] * 14
-    there.clear()
-    quantize(model, tmp_path / "together", **alone, weights="nvfp4", activations="none")
-    assert there == [3, 3, 3, 1, 2, 2, 1] * 2
+    monkeypatch.setattr(fold_linear.Folding, "move", watched)
+    monkeypatch.setattr(tensors, "PIECE", 64)
+    run = quantize(model, tmp_path / "pieces", "block-hadamard", **alone)
+    assert seen == rows
+    assert shards(run.path) == shards(together.path)
 
 
 def test_a_wrong_fold_is_found_before_anything_is_written(
@@ -119,7 +121,8 @@ def test_a_wrong_fold_is_found_before_anything_is_written(
 
 def folded(place: torch.nn.Linear, source: Transform | None, target: Transform | None) -> torch.nn.Linear:
     moved = copy.deepcopy(place)
-    fold_linear.fold_linear(moved, source, target, shifts=0)
+    change = fold_linear.Folding(place.in_features, source, target, shifts=0, where="here")
+    fold_linear.fold_linear(moved, change)
     return moved
 
 
@@ -150,7 +153,8 @@ def test_pieces_do_not_change_what_is_folded(monkeypatch: pytest.MonkeyPatch) ->
     whole, square = folded(place, source, None), torch.nn.Linear(64, 64)
     online, dense = Hadamard(64, 32, signs_seed=1).double(), map.online("o", 0)
     both = [folded(square, online, source), folded(square, dense, source)]
-    monkeypatch.setattr(fold_linear, "PIECE", 1000)
+    for module in (fold_linear, tensors):
+        monkeypatch.setattr(module, "PIECE", 1000)
     pieces = [folded(place, source, None), folded(square, online, source), folded(square, dense, source)]
     for one, other in zip(pieces, [whole, *both], strict=True):
         torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-7)

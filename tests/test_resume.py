@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 import latmix
-from latmix import rundir
+from latmix import compiled, rundir
 from latmix.errors import BusyError, DamagedError, InputError, WriteError
-from latmix.numerics import kernels
 from latmix.pipeline import restore
 from latmix.progress import Progress
 from latmix.recipe import override
@@ -289,7 +288,7 @@ def test_config_and_tokenizer_of_a_half_done_run_are_under_checksum(
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(kernels, "status", killed)  # asked for last
+        patch.setattr(compiled, "status", killed)  # asked for last
         quantize(model, tmp_path / "run")
     file = tmp_path / "run.partial" / name
     content = file.read_bytes()

@@ -53,7 +53,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the table here")
     wish = parser.parse_args()
     torch.set_num_threads(1)
-    native.library()  # compiled once, here, and not in every child
+    for kernels in (native.SOURCE, hadamard.SOURCE):
+        library(kernels)  # compiled once, here, and not in every child
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), wish.seed, wish.minutes, wish.sample)

@@ -3,8 +3,8 @@
 Each layer is read, its norm gains absorbed, folded, checked, its weights quantized to what the quantized layers before
 it produce, written, and forgotten; the held-out windows go along and are measured at the end. A layer is done when its
 file is there, and what enters the next one is on the disk before that: so a pass that was killed goes on with the layer
-it was at. Where nothing is calibrated and nothing measured, no activation is computed, and of a layer no more than a
-linear is there at a time.
+it was at. Where nothing is calibrated and nothing measured, no activation is computed, and of a layer no more than some
+rows of a linear are there at a time: all of them where the map that they go through is dense.
 
 Ranks share out what is computed of a layer: the calibration windows, the linears that read an input, the three ways of
 the held-out ones; the first writes it. Where no activation is computed, every layer is one rank's. Given up: sharing
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from latmix import ranks
 from latmix.archs import Input
@@ -30,11 +30,11 @@ from latmix.eval.heldout import HeldOut, Measured
 from latmix.model import checkpoint
 from latmix.model.calibrate import layer_arguments
 from latmix.model.checkpoint import EMBEDDING, HEAD, layer_file
-from latmix.model.fold import absorb_layer, absorb_reader, fold_layer, fold_norms, fold_reader, reset_gains
+from latmix.model.fold import absorb_layer, absorb_rows, fold_layer, fold_norms, folding, reset_gains
 from latmix.model.inputs import quantize_layer_inputs
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear
-from latmix.model.quantize import Calibrated, quantize_layer, quantize_readers
+from latmix.model.quantize import quantize_layer, shared_scale
 from latmix.model.source import Source, empty
 from latmix.model.tables import write_embedding, write_head
 from latmix.model.taught import Taught
@@ -162,26 +162,28 @@ class Conversion:
         empty(layer)
 
     def _linears(self, index: int) -> None:
-        """A layer that computes nothing, one linear in memory, or those that share a tensor scale."""
+        """A layer that computes nothing: some rows of a linear in memory, or the linears that share a tensor scale."""
         task, layer, path, stage = self.task, self.layers[index], f"{self.arch.layers}.{index}", self.stages.stage
         stored: dict[str, Tensor] = {}
         with stage("load"):
-            self.source.fill(layer, path, left_out=self.arch.linears)
-        for spot, names in self._together():
-            with stage("load"):
-                for name in names:
-                    self.source.fill(linear(layer, name), f"{path}.{name}")
-                    absorb_reader(layer, spot, name)
-            with stage("fold"):
-                for name in names:
-                    fold_reader(layer, self.arch, self.wide, index, name, **self._place(index))
-            found = Calibrated({}, {}, {})
-            with stage("quantize"), _named(path):
-                quantize_readers(layer, names, task.quantizer, task.weights, None, found)
-            for name in names:
-                empty(linear(layer, name), "weight")
-            with stage("save"):
-                stored |= checkpoint.packed(found.quantized)
+            self.source.fill(layer, path, left_out=[f"{name}.weight" for name in self.arch.linears])
+        for spot in self.arch.inputs:
+            pieces = {name: self._folded(index, spot, name) for name in spot.readers}
+            scale = None
+            if task.weights.scale_element != "e8m0":
+                whole = {name: torch.cat(list(folded)) for name, folded in pieces.items()}
+                scale, pieces = (
+                    shared_scale(list(whole.values()), task.weights),
+                    {k: iter([v]) for k, v in whole.items()},
+                )
+            for name, folded in pieces.items():
+                packing = checkpoint.Packing(linear(layer, name).weight.shape, task.weights)
+                for piece in folded:
+                    with stage("quantize"), _named(f"{path}.{name}"):
+                        found = task.quantizer(piece, None, task.weights, scale)
+                    with stage("save"):
+                        packing.add(found)
+                stored |= packing.named(name)
         with stage("fold"):
             reset_gains(layer, self.arch)
             fold_norms(layer, self.arch, self.wide, index)
@@ -189,10 +191,26 @@ class Conversion:
             checkpoint.write_layer(self.shards / layer_file(index), path, layer.state_dict(), stored, {})
         empty(layer)
 
-    def _together(self) -> Iterator[tuple[Input, tuple[str, ...]]]:
-        for spot in self.arch.inputs:
-            apart = self.task.weights.scale_element == "e8m0"
-            yield from ((spot, names) for names in ([(name,) for name in spot.readers] if apart else [spot.readers]))
+    def _folded(self, index: int, spot: Input, name: str) -> Iterator[Tensor]:
+        """The rows of a linear in its bases, some at a time; its bias is in its place when they are through."""
+        layer, stage = self.layers[index], self.stages.stage
+        change = folding(layer, self.arch, self.wide, index, name, **self._place(index))
+        together, place, biases, at = 1 if change is None else change.together, linear(layer, name), list[Tensor](), 0
+        pieces = self.source.pieces(f"{self.arch.layers}.{index}.{name}.weight", together)
+        while True:
+            with stage("load"):
+                if (piece := next(pieces, None)) is None:
+                    break
+                absorb_rows(layer, spot, piece)
+            with stage("fold"):
+                bias: Tensor | None = None if place.bias is None else place.bias[at : at + len(piece)]
+                bias = bias if change is None else change.move(piece, bias, at)
+            at += len(piece)
+            if bias is not None:
+                biases.append(bias)
+            yield piece
+        if biases:
+            place.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
 
     def _place(self, index: int) -> dict[str, Any]:
         return {"heads": self.source.config.num_key_value_heads, "last": index == len(self.layers) - 1}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from latmix import ranks, recipes, targets
+from latmix import compiled, ranks, recipes, targets
 from latmix.archs import Arch
 from latmix.assets import CALIBRATION
 from latmix.convert import Conversion, Task
@@ -30,7 +30,7 @@ from latmix.model.load import Loaded, load_tokenizer
 from latmix.model.maps import Maps, build_maps, reports
 from latmix.model.parts import linears
 from latmix.model.source import open_source, pick_device
-from latmix.numerics import kernels, parse_format
+from latmix.numerics import parse_format
 from latmix.progress import Logged, Progress
 from latmix.recipe import Recipe, override
 from latmix.rundir import (
@@ -165,7 +165,7 @@ def _convert(
         "maps": conditions,
         **conversion.notes(),
         "stages": stages.costs,
-        "kernels": kernels.status(),
+        "kernels": compiled.status(),
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latmix import compiled
 from latmix.numerics import (
     BlockFormat,
     choose_scales,
@@ -145,4 +146,4 @@ def test_a_gpu_is_given_these_kernels() -> None:
     assert kernels.by_hand([x], fmt) is gpu
     assert same(fake_quant(x, fmt).cpu(), fake_quant(x.cpu(), fmt))
     codes = encode(x, fmt).codes
-    assert torch.equal(pack(codes, 4).cpu(), pack(codes.cpu(), 4)) and "Triton" in kernels.status()
+    assert torch.equal(pack(codes, 4).cpu(), pack(codes.cpu(), 4)) and "Triton" in compiled.status()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latmix import compiled
 from latmix.errors import LatmixError
 from latmix.numerics import (
     BlockFormat,
@@ -47,7 +48,7 @@ def test_the_kernel_by_hand_is_bit_equal_on_every_pattern(fmt: BlockFormat, dtyp
     for tensor in (x.view(-1, 1 << 11), x[: 1 << 17].view(-1, 1 << 9)[:, :172]):  # partial blocks, not contiguous
         assert kernels.by_hand([tensor], fmt) is native and tensor.numel() >= kernels.SMALL
         assert same(quantized_values(tensor, fmt), reference(quantized_values, tensor, fmt))
-    assert "C++" in kernels.status()
+    assert "C++" in compiled.status()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,7 +115,7 @@ def test_the_compiled_reference_is_bit_equal_to_the_plain_one(
     x = x.to(dtype)
     assert x.numel() >= kernels.LARGE
     assert same(quantized_values(x, fmt), reference(quantized_values, x, fmt))
-    assert "torch.compile" in kernels.status() and ";" not in kernels.status()
+    assert "torch.compile" in compiled.status() and ";" not in compiled.status()
 
 
 @pytest.mark.parametrize(("by_hand", "dtype"), [(True, torch.float32), (True, torch.bfloat16), (False, torch.bfloat16)])
@@ -137,9 +138,9 @@ def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch: pyte
         raise FileNotFoundError("No such file or directory: 'c++'")
 
     monkeypatch.setattr(native, "library", missing)
-    monkeypatch.setattr(kernels, "_failures", {})
+    monkeypatch.setattr(compiled, "_failures", {})
     x, fmt = torch.randn(128, 64), parse_format("mxfp4:scale=floor")
     with pytest.warns(UserWarning, match="No kernels by C"):
         assert same(quantized_values(x, fmt), reference(quantized_values, x, fmt))
-    assert "no C++: No such file" in kernels.status()
+    assert "no C++: No such file" in compiled.status()
     assert same(quantized_values(special(fmt), fmt), reference(quantized_values, special(fmt), fmt))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latmix import compiled
 from latmix.errors import LatmixError
 from latmix.transforms import (
     INITIALS,
@@ -23,6 +24,7 @@ from latmix.transforms import (
     Transform,
     initial_matrix,
 )
+from latmix.transforms.hadamard import butterflies
 from latmix.transforms.rotation import exponential
 
 
@@ -104,6 +106,18 @@ def test_hadamard_is_the_textbook_matrix(size: int, block: int | None, orders: l
         assert set(transform.signs.tolist()) == {-1.0, 1.0}
         expected = expected * transform.signs
     torch.testing.assert_close(transform.matrix(), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("order", [2, 16, 32, 64, 2048])
+def test_butterflies_are_the_product(order: int) -> None:
+    """On either side of a weight; with a gradient the product itself computes."""
+    transform, weight = Hadamard(4096, order, signs_seed=1).double(), gaussian(8, 4096)
+    for x in (weight, gaussian(4096, 8).T, weight[:, None, :]):
+        product = transform.linear(x.clone().requires_grad_())
+        torch.testing.assert_close(transform.linear(x), product.detach(), rtol=1e-13, atol=1e-13)
+    assert "C++" in compiled.status()
+    turned = butterflies(gaussian(4096, 8).T.unflatten(-1, (-1, order)))
+    assert turned.flatten(-2).T.is_contiguous()
 
 
 def test_wrappers_are_the_matrices_of_their_names() -> None:

@@ -83,6 +83,18 @@ def test_every_map_agrees_with_the_matrix(transform: Transform) -> None:
     assert transform.condition() == pytest.approx(float(torch.linalg.cond(a)))
 
 
+def test_blocks_know_nothing_of_each_other(transform: Transform) -> None:
+    """As its order has it: the matrix is zero between them, and a part of the map is the block of the matrix."""
+    whole, order = transform.matrix(), transform.order
+    blocks = torch.zeros_like(whole)
+    for start in range(0, transform.size, order):
+        some = slice(start, start + order)
+        part = transform.part(some)
+        blocks[some, some] = part.matrix()
+        torch.testing.assert_close(part.shift, None if transform.shift is None else transform.shift[some])
+    torch.testing.assert_close(blocks, whole)
+
+
 def test_the_shift_is_the_image_of_zero(transform: Transform) -> None:
     zero = torch.zeros(transform.size, dtype=torch.float64)
     shift = zero if transform.shift is None else transform.shift

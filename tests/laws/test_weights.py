@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
+from latmix import compiled
 from latmix.errors import LatmixError
 from latmix.numerics import (
     FORMATS,
@@ -17,12 +19,13 @@ from latmix.numerics import (
     decode,
     decode_scales,
     encode,
-    kernels,
     parse_format,
     round_columns,
 )
 from latmix.numerics.columns import one_by_one
+from latmix.stages import Stages
 from latmix.weights import GPTAQ, GPTQ, RTN, WEIGHT_QUANTIZERS, WeightQuantizer, parse_quantizer, proxy_loss
+from latmix.weights.gptq import _factor, mean_diagonal
 
 QUANTIZERS = [WEIGHT_QUANTIZERS[name]() for name in WEIGHT_QUANTIZERS] + [GPTQ(act_order=False, columns=5)]
 VARIANTS = ["mxfp4:scale=even", "mxfp4:scale=search", "mxint4:scale=search,block=16", "nvfp4:scale=search"]
@@ -139,7 +142,7 @@ def test_the_kernel_rounds_a_panel_as_one_column_after_another_does(fmt: BlockFo
     values, error, expected, expected_error = weight.clone(), weight.clone(), weight.clone(), weight.clone()
     round_columns(values, weight + 0.1, feedback, scales, error, fmt)
     one_by_one(expected, weight + 0.1, feedback, scales, expected_error, fmt)
-    assert "C++" in kernels.status() and torch.equal(values, expected) and torch.equal(error, expected_error)
+    assert "C++" in compiled.status() and torch.equal(values, expected) and torch.equal(error, expected_error)
     torch.testing.assert_close(weight - values, error)
 
 
@@ -259,3 +262,19 @@ def test_quantizers_are_read_from_text() -> None:
     ):
         with pytest.raises(LatmixError, match=message):
             parse_quantizer(text)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark that can be reset")
+def test_the_factor_is_taken_where_its_matrix_stands() -> None:
+    """Eight bytes a number beside the Hessian, and room for the library to work in."""
+    n, order = 2048, torch.arange(2048)
+    hessian, stages = torch.eye(n) + 0.01, Stages()
+    small = torch.eye(256)
+    _factor(small, order[:256], 0.01)
+    with stages.stage("before"):
+        pass
+    with stages.stage("factor"):
+        factor = _factor(hessian, order, 0.01)
+    wanted = hessian.double() + 0.01 * mean_diagonal(hessian.diagonal()) * torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(factor.tril() @ factor.tril().T, wanted)
+    assert stages.costs["factor"]["peak_bytes"] - stages.costs["before"]["peak_bytes"] < 1.4 * 8 * n**2

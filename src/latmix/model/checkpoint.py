@@ -57,18 +57,36 @@ def round_kept(module: nn.Module, quantized: Collection[str]) -> None:
             setattr(module.get_submodule(owner), attribute, rounded)
 
 
+class Packing:
+    """What is stored of one linear, some rows at a time. shape: of its weight."""
+
+    def __init__(self, shape: tuple[int, ...], format: BlockFormat) -> None:
+        (rows, columns), self._bits, self._at = shape, format.element.bits, 0
+        self._codes = torch.empty(rows, -(-columns * self._bits // 8), dtype=torch.uint8)
+        self._scales = torch.empty(rows, -(-columns // format.block), dtype=torch.uint8)
+        self._tensor_scale: Tensor | None = None
+
+    def add(self, found: Quantized) -> None:
+        """The next rows."""
+        self._scales[self._at : self._at + len(found.codes)] = found.scales
+        for codes in rows(found.codes):
+            self._codes[self._at : self._at + len(codes)] = pack(codes, self._bits)
+            self._at += len(codes)
+        self._tensor_scale = found.tensor_scale
+
+    def named(self, path: str) -> dict[str, Tensor]:
+        """All of it, by name."""
+        found = {f"{path}.weight_packed": self._codes, f"{path}.weight_scale": self._scales}
+        return found if self._tensor_scale is None else found | {f"{path}.weight_global_scale": self._tensor_scale}
+
+
 def packed(quantized: Mapping[str, Quantized]) -> dict[str, Tensor]:
     """What is stored of these linears, by name."""
     found: dict[str, Tensor] = {}
     for path, q in quantized.items():
-        bits, at = q.format.element.bits, 0
-        stored = q.codes.new_empty(len(q.codes), -(-q.codes.shape[-1] * bits // 8))
-        for codes in rows(q.codes):
-            stored[at : at + len(codes)] = pack(codes, bits)
-            at += len(codes)
-        found |= {f"{path}.weight_packed": stored, f"{path}.weight_scale": q.scales}
-        if q.tensor_scale is not None:
-            found[f"{path}.weight_global_scale"] = q.tensor_scale
+        packing = Packing(q.codes.shape, q.format)
+        packing.add(q)
+        found |= packing.named(path)
     return found
 
 

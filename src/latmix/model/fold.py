@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latmix.archs import Arch, Input
-from latmix.errors import FailedError
 from latmix.model.attach import (
     Attached,
     MovedEmbedding,
@@ -24,7 +23,7 @@ from latmix.model.attach import (
     linear_maps,
     seen_by_head,
 )
-from latmix.model.fold_linear import fold_linear
+from latmix.model.fold_linear import Folding, fold_linear
 from latmix.model.inputs import QuantizedInputs, quantize_inputs
 from latmix.model.maps import Maps
 from latmix.model.parts import layers, linear
@@ -57,14 +56,14 @@ def absorb_layer(layer: nn.Module, arch: Arch) -> None:
     """The same for one layer."""
     for spot in arch.inputs:
         for reader in spot.readers:
-            absorb_reader(layer, spot, reader)
+            absorb_rows(layer, spot, linear(layer, reader).weight)
     reset_gains(layer, arch)
 
 
-def absorb_reader(layer: nn.Module, spot: Input, reader: str) -> None:
-    """The same for one linear. The gain stays as it is, for the other readers."""
+def absorb_rows(layer: nn.Module, spot: Input, weight: Float[Tensor, "some n"]) -> None:
+    """The same for rows of one of the linears that read an input. The gain stays as it is, for the others."""
     if spot.norm is not None:
-        absorb(_gain(layer, spot.norm), linear(layer, reader).weight)
+        absorb(_gain(layer, spot.norm), weight)
 
 
 def reset_gains(layer: nn.Module, arch: Arch) -> None:
@@ -75,9 +74,8 @@ def reset_gains(layer: nn.Module, arch: Arch) -> None:
 
 
 def absorb(gain: Float[Tensor, " n"], weight: Float[Tensor, "out n"]) -> None:
-    """Scale the columns of a reader, in place."""
-    for piece in rows(weight):
-        piece.copy_(piece.double() * gain.double())
+    """Scale the columns of a reader, in place: a single product, which float64 would not make more exact."""
+    weight.mul_(gain)
 
 
 def _gain(owner: nn.Module, norm: str) -> Tensor:
@@ -104,7 +102,7 @@ def fold(attached: Attached, activations: BlockFormat | None) -> QuantizedInputs
             embedding.weight = nn.Parameter(table, requires_grad=False)
             head = linear(model, arch.head)
             head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-            fold_linear(head, seen_by_head(stream), None, shifts=0)
+            fold_linear(head, head_folding(head.in_features, stream))
     return quantize_inputs(model, arch, attached.maps, activations)
 
 
@@ -134,18 +132,27 @@ def fold_layer(layer: nn.Module, arch: Arch, maps: Maps, index: int, *, heads: i
     maps: in float64. heads: KV heads. last: no layer follows.
     """
     for name in arch.linears:
-        fold_reader(layer, arch, maps, index, name, heads=heads, last=last)
+        change = folding(layer, arch, maps, index, name, heads=heads, last=last)
+        if change is not None:
+            fold_linear(linear(layer, name), change)
     fold_norms(layer, arch, maps, index)
 
 
-def fold_reader(layer: nn.Module, arch: Arch, maps: Maps, index: int, name: str, *, heads: int, last: bool) -> None:
-    """The same for one linear."""
+def folding(
+    layer: nn.Module, arch: Arch, maps: Maps, index: int, name: str, *, heads: int, last: bool
+) -> Folding | None:
+    """What moves a linear of a plain layer, which need not have its weights; None where it stays as it is."""
     source, target = linear_maps(arch, maps, layer, name, index, heads)
-    if source is not None or target is not None:
-        try:
-            fold_linear(linear(layer, name), source, target, shifts=added_shifts(arch, name, target, last=last))
-        except FailedError as error:
-            raise FailedError(f"Layer {index}, {name}: {error}") from error
+    if source is None and target is None:
+        return None
+    shifts = added_shifts(arch, name, target, last=last)
+    width = linear(layer, name).in_features
+    return Folding(width, source, target, shifts=shifts, where=f"Layer {index}, {name}")
+
+
+def head_folding(width: int, stream: Transform) -> Folding:
+    """What moves the head."""
+    return Folding(width, seen_by_head(stream), None, shifts=0, where="The head")
 
 
 def fold_norms(layer: nn.Module, arch: Arch, maps: Maps, index: int) -> None:

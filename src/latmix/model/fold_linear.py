@@ -1,5 +1,6 @@
-"""One linear moved between two bases: in place and in float64, a piece at a time, so that little stands in float64.
+"""One linear moved between two bases: in place and in float64, some rows at a time, so that little stands in float64.
 
+Rows that the target map mixes go together: a block of them where it is made of blocks, all of them where it is dense.
 The result is checked, in float64, against what it has to be: the old linear between the maps, which there act on
 vectors and not on weights.
 """
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from latmix.errors import FailedError
 from latmix.model.attach import moved
+from latmix.model.source import pick_device
 from latmix.model.tensors import PIECE, rows
 from latmix.transforms import Transform
 from latmix.transforms.hadamard import Hadamard
@@ -22,34 +24,72 @@ the worst condition number allowed (`maps.CONDITION`) 2⁻³³: a sixteenth of t
 PROBES = 8  # random vectors a folded linear is checked on
 
 
-@torch.no_grad()
-def fold_linear(place: nn.Linear, source: Transform | None, target: Transform | None, *, shifts: int) -> None:
-    """Put the linear between two bases, as `attach.moved` has it, its weight in place, and check it.
+class Folding:
+    """A linear's change of basis, as `attach.moved` has it. `where`: what errors call the linear.
 
-    Raises: FailedError: it is not what it has to be.
+    Attributes:
+        together: rows that go together.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(PROBES, place.in_features, generator=generator, dtype=torch.float64).to(place.weight.device)
-    wanted = _wide(place, x if source is None else source.inverse(x))
-    if target is not None:
-        wanted = target.linear(wanted) + (0.0 if target.shift is None else shifts * target.shift)
-    bias = _move(place.weight, place.bias, source, target, shifts)
-    if bias is not None:
-        place.bias = nn.Parameter(bias.to(place.weight.dtype), requires_grad=False)
-    error = (_wide(place, x) - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    if not error <= AGREEMENT:  # NaN fails too
-        raise FailedError(f"folding misses by {float(error):.1e} of the output, more than {AGREEMENT:.1e}.")
+
+    def __init__(
+        self, width: int, source: Transform | None, target: Transform | None, *, shifts: int, where: str
+    ) -> None:
+        self._source, self._target, self._shifts, self._where = source, target, shifts, where
+        probes = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self._probes = probes.to(pick_device())
+        self._before = self._probes if source is None else source.inverse(self._probes)
+        self.together = 1 if target is None else target.order
+
+    @torch.no_grad()
+    def move(
+        self, weight: Float[Tensor, "some n"], bias: Float[Tensor, " some"] | None, at: int
+    ) -> Float[Tensor, " some"] | None:
+        """Put rows into the new basis, in place, and check them; returns their bias.
+
+        at: the first one's number; they begin and end where a run of `together` does.
+
+        Raises: FailedError: they are not what they have to be.
+        """
+        target = self._target and self._target.part(slice(at, at + len(weight)))
+        wanted = _products(weight, bias, self._before)
+        if target is not None:
+            wanted = target.linear(wanted) + (0.0 if target.shift is None else self._shifts * target.shift)
+        wide = _move(weight, bias, self._source, target, self._shifts)
+        bias = None if wide is None else wide.to(weight.dtype)
+        error = (_products(weight, bias, self._probes) - wanted).norm()
+        error /= wanted.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        if not error <= AGREEMENT:  # NaN fails too
+            raise FailedError(
+                f"{self._where}: folding misses by {float(error):.1e} of the output, more than {AGREEMENT:.1e}."
+            )
+        return bias
+
+
+def fold_linear(place: nn.Linear, folding: Folding) -> None:
+    """Move a linear, its weight in place. Raises: FailedError: it is not what it has to be."""
+    found, at = list[Tensor](), 0
+    for some in rows(place.weight, folding.together):
+        bias = folding.move(some, None if place.bias is None else place.bias[at : at + len(some)], at)
+        at += len(some)
+        if bias is not None:
+            found.append(bias)
+    if found:
+        place.bias = nn.Parameter(torch.cat(found), requires_grad=False)
 
 
 def _move(
     weight: Tensor, bias: Tensor | None, source: Transform | None, target: Transform | None, shifts: int
 ) -> Tensor | None:
-    """Move the weight in place; returns the bias in float64. Where both maps act, what stands between them would be
-    twice the weight in float64: but under a Hadamard matrix in blocks, groups of columns go through both."""
+    """Move the weight in place; returns the bias in float64. Where it is large, no more than a piece stands in float64;
+    but where both maps act, what stands between them would: unless groups of columns go through both."""
     bias = None if bias is None else bias.double()
+    if weight.numel() <= PIECE:
+        wide, bias = moved(weight.double(), bias, source, target, shifts=shifts)
+        weight.copy_(wide)
+        return bias
     if target is None:
         return _move_rows(weight, bias, source, weight)
-    if source is None or (isinstance(source, Hadamard) and source.order):
+    if source is None or (isinstance(source, Hadamard) and source.order < source.size):
         return _move_columns(weight, bias, source, target, shifts, weight)
     between = torch.empty_like(weight, dtype=torch.float64)
     bias = _move_rows(weight, bias, source, between)
@@ -73,7 +113,7 @@ def _move_columns(
     weight: Tensor, bias: Tensor | None, source: Hadamard | None, target: Transform, shifts: int, into: Tensor
 ) -> Tensor | None:
     """Columns do not depend on one another under the target map, nor do blocks of them under the source map."""
-    order = (source and source.order) or 1
+    order = 1 if source is None else source.order
     step, moved_bias = max(order, PIECE // len(weight) // order * order), bias
     for at in range(0, weight.shape[1], step):
         some = slice(at, min(at + step, weight.shape[1]))
@@ -82,11 +122,11 @@ def _move_columns(
     return moved_bias
 
 
-def _wide(linear: nn.Linear, x: Float[Tensor, "probes n"]) -> Float[Tensor, "probes out"]:
-    """In float64."""
+def _products(weight: Tensor, bias: Tensor | None, x: Float[Tensor, "probes n"]) -> Float[Tensor, "probes out"]:
+    """What the linear makes of x, in float64."""
     # one room for all: small results kept between large pieces would keep the C library from using their room again
-    out, at = x.new_empty(len(x), linear.out_features), 0
-    for piece in rows(linear.weight):
+    out, at = x.new_empty(len(x), len(weight)), 0
+    for piece in rows(weight):
         out[:, at : at + len(piece)] = F.linear(x, piece.double())
         at += len(piece)
-    return out if linear.bias is None else out + linear.bias.double()
+    return out if bias is None else out + bias.double()

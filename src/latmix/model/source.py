@@ -27,6 +27,7 @@ from latmix.errors import DamagedError, InputError
 from latmix.model.shards import stored_tensors
 from latmix.model.sizes import check_config
 from latmix.model.tensors import FLOATS, Tensors
+from latmix.numerics.rounding import finite
 from latmix.progress import Progress
 from latmix.rundir import digests, read_json
 
@@ -71,25 +72,28 @@ class Source:
             at += len(piece)
         return whole
 
-    def pieces(self, parameter: str) -> Iterator[Tensor]:
-        """The same, some rows at a time."""
+    def pieces(self, parameter: str, together: int = 1) -> Iterator[Tensor]:
+        """The same, some rows at a time, in whole runs of `together`."""
         name = self.name(parameter)
-        for piece in self.tensors.pieces(name):
+        if 1 < together == self.tensors.stored[name].shape[0]:
+            yield self.tensor(parameter)
+            return
+        for piece in self.tensors.pieces(name, together):
             wide = piece.to(pick_device(), torch.float32)
-            if not wide.isfinite().all():
+            if not finite(wide):
                 raise DamagedError(f"The tensor '{name}' in '{self.path}' holds NaN or infinity.")
             yield wide
 
     def fill(self, module: nn.Module, path: str, left_out: Collection[str] = ()) -> None:
         """Read every parameter of the module that stands at `path`; '' is the whole model.
 
-        left_out: paths of modules that keep what they have.
+        left_out: names of parameters that stay as they are.
 
         Raises: DamagedError: one cannot be read, or is not finite.
         """
         for name, _ in list(module.named_parameters()):
             owner, _, attribute = name.rpartition(".")
-            if owner in left_out:
+            if name in left_out:
                 continue
             found = nn.Parameter(self.tensor(f"{path}.{name}" if path else name), requires_grad=False)
             setattr(module.get_submodule(owner), attribute, found)

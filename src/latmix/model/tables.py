@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latmix.model.attach import plain_linear, seen_by_head
+from latmix.model.attach import seen_by_head
 from latmix.model.checkpoint import KEPT
-from latmix.model.fold import absorb, fold_embedding
-from latmix.model.fold_linear import fold_linear
+from latmix.model.fold import absorb, fold_embedding, head_folding
 from latmix.model.maps import Maps
 from latmix.model.source import Source
 from latmix.model.tensors import Rows, write
@@ -33,17 +32,16 @@ def write_head(source: Source, maps: Maps, file: Path) -> None:
     arch = source.arch
     norm, head = f"{arch.final_norm}.weight", f"{arch.head}.weight"
     gain, stream = source.tensor(norm), maps.stream(arch)
+    folding = None if stream is None else head_folding(len(gain), stream)
     biases: list[Tensor] = []
 
     def pieces() -> Iterator[Tensor]:
         for piece in source.pieces(head):
             absorb(gain, piece)
-            rows = plain_linear(piece, None)
-            if stream is not None:
-                fold_linear(rows, seen_by_head(stream), None, shifts=0)
-            if rows.bias is not None:
-                biases.append(rows.bias.to(KEPT))
-            yield rows.weight.to(KEPT)
+            bias = None if folding is None else folding.move(piece, None, 0)
+            if bias is not None:
+                biases.append(bias.to(KEPT))
+            yield piece.to(KEPT)
 
     shape = source.tensors.stored[source.name(head)].shape
     tensors: dict[str, Tensor | Rows] = {norm: torch.ones_like(gain, dtype=KEPT), head: Rows(shape, KEPT, pieces())}

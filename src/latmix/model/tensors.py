@@ -19,8 +19,9 @@ from latmix.errors import DamagedError
 from latmix.model.shards import Stored, read_header
 from latmix.rundir import written
 
-PIECE = 2**22
-"""Elements of a large matrix that are in work at a time: 32 MiB in float64, of which some five live at once."""
+PIECE = 2**19
+"""Elements of a large matrix that are in work at a time: 4 MiB in float64, of which some five live at once. From one
+step to the next they stay in a processor's cache, and in memory that is not new from the system each time."""
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOATS, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -57,14 +58,15 @@ class Tensors:
             raise DamagedError(f"'{name}' in '{shard}' cannot be read: {error}.") from error
         return found
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """The tensor's rows, about `PIECE` elements at a time, each piece in memory of its own.
+    def pieces(self, name: str, together: int = 1) -> Iterator[Tensor]:
+        """The tensor's rows, about `PIECE` elements and whole runs of `together` at a time, each piece in memory of its
+        own.
 
         Raises: DamagedError: there is no such tensor, or its file is damaged.
         """
         stored = self._find(name)
         (count, *each), dtype = stored.shape, DTYPES[stored.dtype]
-        step = _step(math.prod(each))
+        step = _step(math.prod(each), together)
         try:
             with stored.shard.open("rb") as file:
                 file.seek(stored.at)
@@ -82,13 +84,13 @@ class Tensors:
         return self.stored[name]
 
 
-def rows(matrix: Tensor) -> Iterator[Tensor]:
-    """Runs of rows, about `PIECE` elements each."""
-    yield from matrix.split(_step(matrix.shape[-1]))
+def rows(matrix: Tensor, together: int = 1) -> Iterator[Tensor]:
+    """Rows, about `PIECE` elements and whole runs of `together` at a time."""
+    yield from matrix.split(_step(matrix.shape[-1], together))
 
 
-def _step(width: int) -> int:
-    return max(1, PIECE // max(1, width))
+def _step(width: int, together: int = 1) -> int:
+    return max(1, PIECE // max(1, width) // together) * together
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ struct Format {  // latmix.numerics.native.Format
     int64_t block;
     double unit, carry;                // scale = p * unit, or twice that from amax = p * carry on; p = 2^floor(log2(amax))
     float max, smallest_normal, step;  // of the element; step = 2^-mantissa_bits
-    float code_unit;                   // moves an element's exponents to where float32's begin
-    int32_t away, complement, bits, shift;
+    float units;                       // how many of the element's smallest number make 1
+    int32_t away, complement, bits, shift, offset;  // its codes are float32's bits >> shift, less the offset
 };
 
 struct bfloat16 {
@@ -165,26 +165,39 @@ static void rotated_values(const T* x, T* out, int64_t blocks, const Format& f, 
 }
 
 template <class T>
+static inline void encode_as(const T* x, const float* given, uint8_t* out, uint8_t* scale_bytes, int count, const Format& f) {
+    tile(x, given, count, f, [=, &f](int b, float scale, float inverse) {
+        const T* from = x + b * f.block;
+        uint8_t* to = out + b * f.block;
+        int32_t kept = scale == scale ? -1 : 0;  // of a NaN scale's block codes are 0
+        scale_bytes[b] = kept ? std::ilogb(scale) + 127 : 0xff;
+#pragma omp simd
+        for (int64_t i = 0; i < f.block; i++) {
+            float y = wide(from[i]) * inverse, m = nearest(y, f);
+            int32_t negative = as<int32_t>(y) >> 31, code = (as<int32_t>(m) >> f.shift) - f.offset;
+            code = m < f.smallest_normal ? int32_t(m * f.units) : code;  // no subnormal float: they are slow
+            code = f.complement ? (code ^ negative) - negative : code | (negative & 1 << (f.bits - 1));
+            to[i] = code & ((1 << f.bits) - 1) & kept;
+        }
+    });
+}
+
+template <class T>
+static inline void encode(const T* x, const float* given, uint8_t* out, uint8_t* scale_bytes, int count, const Format& f) {
+    if (f.block == 32 && !f.away && !f.complement && f.bits == 4) {
+        Format usual = f;
+        usual.block = 32, usual.away = usual.complement = 0, usual.bits = 4;
+        encode_as(x, given, out, scale_bytes, count, usual);
+    } else encode_as(x, given, out, scale_bytes, count, f);
+}
+
+template <class T>
 static void codes(const T* x, const float* given, uint8_t* out, uint8_t* scale_bytes, int64_t blocks, const Format& f,
                   int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t first = 0; first < blocks; first += TILE) {
-        const T* start = x + first * f.block;
-        const float* scales = given ? given + first : nullptr;
-        tile(start, scales, std::min<int64_t>(TILE, blocks - first), f, [=, &f](int b, float scale, float inverse) {
-            const T* from = start + b * f.block;
-            uint8_t* to = out + (first + b) * f.block;
-            bool number = scale == scale;  // else codes are 0
-            scale_bytes[first + b] = number ? std::ilogb(scale) + 127 : 0xff;
-#pragma omp simd
-            for (int64_t i = 0; i < f.block; i++) {
-                float y = number ? wide(from[i]) * inverse : 0;
-                int32_t code = as<int32_t>(nearest(y, f) * f.code_unit) >> f.shift, negative = as<int32_t>(y) >> 31;
-                code = f.complement ? (code ^ negative) - negative : code | (negative & 1 << (f.bits - 1));
-                to[i] = code & ((1 << f.bits) - 1);
-            }
-        });
-    }
+    for (int64_t b = 0; b < blocks; b += TILE)
+        encode(x + b * f.block, given ? given + b : nullptr, out + b * f.block, scale_bytes + b,
+               std::min<int64_t>(TILE, blocks - b), f);
 }
 
 template <class T>

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from latmix.compiled import attempt
 from latmix.errors import DamagedError, FailedError, InputError
 from latmix.numerics.fakequant import scaled_elements
 from latmix.numerics.formats import BlockFormat, Element, parse_format
-from latmix.numerics.kernels import attempt, by_hand, on_device
+from latmix.numerics.kernels import by_hand, on_device
 from latmix.numerics.scales import (
     choose_scales,
     choose_tensor_scale,

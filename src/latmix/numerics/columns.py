@@ -4,8 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latmix.compiled import attempt
 from latmix.numerics.formats import BlockFormat
-from latmix.numerics.kernels import attempt, on_device
+from latmix.numerics.kernels import on_device
 from latmix.numerics.rounding import round_to_element
 
 

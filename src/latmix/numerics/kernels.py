@@ -5,33 +5,25 @@ The common formats in float32 and bfloat16 have kernels written by hand and held
 reference itself, as it stands, through `torch.compile`: one arithmetic, fused into C++ or Triton. On a CPU that reaches
 a third of the speed of `blocks.cpp`, as it computes scales one at a time; hence the second one. Elementwise all keep
 IEEE semantics; only sums may be added up in another order. Small tensors go through the plain function, where starting
-a kernel costs more than it saves; so does everything on a machine without a compiler, and `status` says why.
+a kernel costs more than it saves; so does everything on a machine without a compiler, and `compiled.status` says why.
 """
 
 import functools
 import importlib.util
-import subprocess
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from latmix.compiled import SMALL, attempt
 from latmix.numerics import native
 from latmix.numerics.formats import BlockFormat
 from latmix.numerics.scales import from_blocks, to_blocks
 
-SMALL = 1 << 12
-"""Elements from which kernels by hand are used: below, their compilation would outlast all they are asked for."""
 LARGE = 1 << 16
 """Elements from which a compiled reference is used: about where one pass over memory outlasts starting it."""
-
-P, T = ParamSpec("P"), TypeVar("T")
-
-_used: set[str] = set()
-_failures: dict[str, str] = {}
 
 
 @runtime_checkable
@@ -117,25 +109,3 @@ class _Recorded:
         for tensor in rows:
             torch._dynamo.mark_dynamic(tensor, 0)
         return torch.compile(recorded, fullgraph=True)
-
-
-def attempt(name: str, run: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T | None:
-    """`run(*arguments)`, or None where kernels of that name do not work, which is said once."""
-    if name in _failures or torch.compiler.is_compiling():
-        return None
-    try:
-        out: T = run(*arguments, **keywords)
-    except (OSError, subprocess.CalledProcessError, RuntimeError) as error:  # RuntimeError: all of torch.compile's
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
-        _failures[name] = said.strip().splitlines()[0]
-        warnings.warn(f"No kernels by {name}: {_failures[name]}", stacklevel=3)
-        return None
-    _used.add(name)
-    return out
-
-
-def status() -> str:
-    """What has computed so far ("C++, torch.compile"; "reference" if nothing has), and what cannot, and why."""
-    return "; ".join(
-        [", ".join(sorted(_used)) or "reference", *(f"no {name}: {why}" for name, why in _failures.items())]
-    )

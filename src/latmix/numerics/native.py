@@ -1,27 +1,22 @@
 """`blocks.cpp`, compiled when first needed, and how tensors get there and back.
 
-The system's C++ compiler takes a second or two, once per process, for all formats: a format is a struct of constants
-(`Constants`), so nothing is compiled anew for another one. The library needs no headers of torch and is called through
-ctypes, which costs a few microseconds. Given up: keeping it on disk between processes, where it would have to be told
-apart by compiler and processor; and scales that depend on more than a block's largest magnitude (NVFP4, "search").
+One library for all formats: a format is a struct of constants (`Constants`), so nothing is compiled anew for another
+one. Given up: scales that depend on more than a block's largest magnitude (NVFP4, "search").
 """
 
 import ctypes
 import functools
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from latmix import compiled
 from latmix.numerics.formats import BlockFormat, Element
 
-NAME = "C++"
+NAME = compiled.NAME
 SOURCE = Path(__file__).with_name("blocks.cpp")
-# No flag that changes a result: products and sums are not contracted, zeros keep their signs.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp")
 GRAIN = 1 << 17
 """Elements that one thread works through before another is worth waking, which takes some 30 µs."""
 MAPPED = 1 << 25
@@ -50,23 +45,14 @@ class Constants(ctypes.Structure):
     _fields_ = [
         ("block", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("unit", "carry")),
-        *((name, ctypes.c_float) for name in ("max", "smallest_normal", "step", "code_unit")),
-        *((name, ctypes.c_int32) for name in ("away", "complement", "bits", "shift")),
+        *((name, ctypes.c_float) for name in ("max", "smallest_normal", "step", "units")),
+        *((name, ctypes.c_int32) for name in ("away", "complement", "bits", "shift", "offset")),
     ]
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """Raises: OSError: no compiler. subprocess.CalledProcessError: it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "blocks.so"
-        subprocess.run(
-            ["c++", "-std=c++17", *FLAGS, "-shared", "-fPIC", SOURCE, "-o", target],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        return ctypes.CDLL(str(target))
+    return compiled.library(SOURCE)
 
 
 @functools.cache
@@ -79,11 +65,12 @@ def constants(fmt: BlockFormat) -> Constants:
         max=element.max,
         smallest_normal=element.smallest_normal,
         step=2.0**-element.mantissa_bits,
-        code_unit=2.0 ** (element.bias - 127),
+        units=2.0**element.mantissa_bits / element.smallest_normal,
         away=fmt.rounding == "away",
         complement=element.complement,
         bits=element.bits,
         shift=23 - element.mantissa_bits,
+        offset=(127 - element.bias) << element.mantissa_bits,
     )
 
 

@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latmix.compiled import attempt
 from latmix.errors import InputError
 from latmix.numerics.fakequant import quantized_values
 from latmix.numerics.formats import BlockFormat
-from latmix.numerics.kernels import attempt, by_hand
+from latmix.numerics.kernels import by_hand
 from latmix.numerics.rounding import widen
 from latmix.numerics.scales import from_blocks, to_blocks
 

@@ -110,6 +110,15 @@ class Transform(nn.Module, ABC):
         """One floating tensor of this transform, to ask for dtype and device."""
         return next(t for t in chain(self.parameters(), self.buffers()) if t.is_floating_point())
 
+    @property
+    def order(self) -> int:
+        """A is block-diagonal in blocks of this size: coordinates of two blocks know nothing of each other."""
+        return self.size
+
+    def part(self, some: slice) -> "Transform":
+        """What it does to these coordinates, which are whole blocks of its `order`."""
+        return self
+
     def extra_repr(self) -> str:
         return f"size={self.size}"
 

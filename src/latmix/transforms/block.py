@@ -53,6 +53,15 @@ class Block(Transform):
     def singular_values(self) -> Float[Tensor, " n"]:
         return torch.cat([part.singular_values() for part in self.parts])
 
+    @property
+    def order(self) -> int:
+        return self.sizes[0] if len(set(self.sizes)) == 1 else self.size
+
+    def part(self, some: slice) -> Transform:
+        if self.order == self.size:
+            return self
+        return Block([self.parts[number] for number in range(some.start // self.order, some.stop // self.order)])
+
     def _each(self, maps: list[Map], x: Tensor) -> Tensor:
         pieces = torch.split(x, self.sizes, dim=-1)
         return torch.cat([f(piece) for f, piece in zip(maps, pieces, strict=True)], dim=-1)

@@ -40,6 +40,15 @@ class Diagonal(Transform):
         """s."""
         return self.signs * self.log_scale.exp()
 
+    @property
+    def order(self) -> int:
+        return 1
+
+    def part(self, some: slice) -> "Diagonal":
+        part = Diagonal(self.signs[some])
+        part.log_scale = nn.Parameter(self.log_scale[some], self.log_scale.requires_grad)
+        return part
+
     def _linear(self, x: Tensor) -> Tensor:
         return x * self.scale.to(x.dtype)
 

@@ -7,16 +7,26 @@ which other projects carry as tables of a hundred thousand lines; under MX forma
 The fast transform has radix 64, not 2. A block of 32 is then one matrix product, which is some twenty times faster than
 its five butterfly passes (2048 × 2048 float32 on one core: 5.5 ms against 115 ms; a mere copy takes 4.5 ms), because a
 butterfly reads and writes all of memory for one addition per number. An order of 2048 = 32 · 64 is two products.
+Folding, in float64 and without gradient, goes through butterflies in C++ (`hadamard.cpp`), a block in registers at a
+time: a tenth of the products' time, and the same sums on every machine.
 """
+
+import ctypes
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latmix.compiled import NAME, SMALL, attempt, library
 from latmix.errors import InputError
 from latmix.transforms.base import TRANSFORMS, Transform
 
 RADIX = 64
+SOURCE, STEP = Path(__file__).with_name("hadamard.cpp"), 32
+"""The kernel, and the order that it takes in one pass over memory."""
+GRAIN = 1 << 16
+"""Elements that a thread works through before another is worth waking."""
 
 
 class Hadamard(Transform):
@@ -54,12 +64,12 @@ class Hadamard(Transform):
         return self.signs is None and [n for n, _ in self.segments] == [order]
 
     @property
-    def order(self) -> int | None:
-        """Of its blocks, where all are of one."""
-        return self.segments[0][0] if len(self.segments) == 1 else None
+    def order(self) -> int:
+        return self.segments[0][0] if len(self.segments) == 1 else self.size
 
     def part(self, some: slice) -> "Hadamard":
-        """What it does to these coordinates, which are whole blocks of its `order`."""
+        if self.order == self.size:
+            return self
         part = Hadamard(some.stop - some.start, self.order)
         part.core, part.signs = self.core, None if self.signs is None else self.signs[some]
         return part
@@ -88,12 +98,35 @@ class Hadamard(Transform):
     def _fast(self, x: Tensor) -> Tensor:
         """H x on a whole last dimension: H of order m · r is H_m ⊗ H_r, one product for H_r, recursion for H_m."""
         order = x.shape[-1]
+        folding = (
+            x.dtype == torch.float64 and x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
+        )
+        done = attempt(NAME, butterflies, x) if folding and x.numel() >= SMALL else None
+        if done is not None:
+            return done
         radix = min(order, RADIX)
         h = self.core[:radix, :radix].to(x.dtype) * radix**-0.5  # the corner of a Sylvester matrix is one too
         if order == radix:
             return x.matmul(h)
         y = torch.unflatten(x, -1, (-1, radix)).matmul(h)
         return self._fast(y.transpose(-1, -2)).transpose(-1, -2).flatten(-2)
+
+
+def butterflies(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    """H x on the last dimension, in float64. Where the first is the contiguous one (a weight that is turned), so it is
+    in the result."""
+    turned = x.stride(0) == 1 and not x.is_contiguous()
+    source = (x.movedim(0, -1) if turned else x).contiguous()
+    out, order, inner = torch.empty_like(source), x.shape[-1], len(x) if turned else 1
+    threads = min(torch.get_num_threads(), 1 + out.numel() // GRAIN)
+    while True:
+        step = min(order, STEP)
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, out))
+        sizes = map(ctypes.c_int64, (out.numel() // (step * inner), step, inner))
+        library(SOURCE).latmix_hadamard(*pointers, *sizes, ctypes.c_double(step**-0.5), threads)
+        source, order, inner = out, order // step, inner * step
+        if order == 1:
+            return out.movedim(-1, 0) if turned else out
 
 
 def sylvester(order: int) -> Float[Tensor, "order order"]:

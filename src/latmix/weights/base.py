@@ -27,7 +27,8 @@ class WeightQuantizer(ABC):
     """Settings as fields (float, int or bool, each with a default), the work in `__call__`.
 
     Attributes:
-        needs_hessian: False for data-free quantizers; they take a Hessian all the same, and ignore it.
+        needs_hessian: False for data-free quantizers. They take a Hessian all the same, and ignore it; they round each
+            row alone, so that a weight may be given in pieces.
         needs_cross: whether they need the cross moment; the others ignore it.
     """
 

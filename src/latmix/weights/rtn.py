@@ -15,7 +15,7 @@ from torch import Tensor
 from latmix.numerics import BlockFormat, Quantized, choose_tensor_scale, encode
 from latmix.weights.base import WEIGHT_QUANTIZERS, WeightQuantizer
 
-PIECE = 2**22
+PIECE = 2**19
 """Elements that are rounded at a time: rows do not depend on one another."""
 
 
