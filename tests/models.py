@@ -13,6 +13,7 @@ from latmix.model.free import Filled, Free, free
 from latmix.model.parts import layers
 from latmix.model.quantize import quantize_layer
 from latmix.numerics import BlockFormat, Quantized
+from latmix.progress import Progress
 from latmix.recipe import Tuning
 from latmix.weights import parse_quantizer
 
@@ -55,7 +56,7 @@ def free_parts(
         path = f"{arch.layers}.{index}"
         return tuple({name: every[f"{path}.{name}"] for name in arch.linears} for every in (quantized, unrounded))
 
-    return free(model, arch, fill, wish)
+    return free(model, arch, fill, wish, Progress())
 
 
 def codes_of(parts: Free, arch: Arch, layers: int) -> dict[str, Quantized]:

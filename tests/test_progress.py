@@ -4,11 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import latmix
+from latmix import export as exports
 from latmix import progress, rundir
+from latmix.cli import app
 from latmix.cli.terminal import TerminalProgress
+from latmix.errors import LatmixError
+from latmix.export import fingerprint
 from latmix.progress import Logged, Progress
+from tests.exported import WITH_GGUF
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION, OTHER
 
@@ -110,6 +117,109 @@ def test_a_run_that_goes_on_says_what_is_left(tmp_path: Path, monkeypatch: pytes
     assert log[0] == f"read the model, MiB: {size} to do" and {"load: 2 to do", "learning: 4 to do"} < set(log)
     assert "learning: 4 to do, 2 of them done already" in log
     assert "quantize: 2 to do, 1 of them done already" in log
-    evaluated = Told()
-    latmix.evaluate(out, OTHER, window=64, progress=evaluated, out=tmp_path / "result.json")  # and no checksum is wrong
-    assert evaluated.heard[0][0] == "check, MiB" and evaluated.heard[0][1] == evaluated.heard[0][3]
+
+
+def of(stage: str, told: Told) -> list[list[object]]:
+    """Units, done before and since, of each stage of that name."""
+    return [units for name, *units in told.heard if name == stage]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tuned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Told]:
+    """A run, and what was told of it."""
+    out, told = tmp_path_factory.mktemp("runs") / "run", Told()
+    latmix.quantize(model, out, "latmix-plus", CALIBRATION, 0, settings("latmix-plus"), told)
+    return out, told
+
+
+def test_tuning_tells_of_the_layers_before_and_after(tuned: tuple[Path, Told]) -> None:
+    out, told = tuned
+    names = [stage[0] for stage in told.heard]
+    assert of("free", told) == of("write", told) == [[2, 0, 2]]
+    assert names.index("quantize") < names.index("free") < names.index("tuning") < names.index("write")
+    assert {"free: 2 to do", "write: 2 to do"} < set(lines_of(out / "log.txt"))
+
+
+def test_an_evaluation_tells_of_what_it_reads_and_has_a_log(
+    model: Path, tuned: tuple[Path, Told], tmp_path: Path
+) -> None:
+    told, result = Told(), tmp_path / "new" / "result.json"
+    latmix.evaluate(tuned[0], OTHER, model, 64, progress=told, out=result)
+    names = [stage[0] for stage in told.heard]
+    assert names == ["check, MiB", "load", "load", "read the model, MiB", "evaluate"]
+    assert all(total == since for _, total, _, since in told.heard)
+    assert of("load", told) == [[2, 0, 2], [21, 0, 21]]  # layers of the run, tensors of the model
+    log = lines_of(result.with_name("result.json.log"))
+    assert [line.partition(":")[0] for line in log if "to do" in line] == names
+    assert {path.name for path in result.parent.iterdir()} == {"result.json", "result.json.log"}
+
+
+def test_an_evaluation_that_does_not_begin_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    told = Told()
+    with pytest.raises(LatmixError, match="A window of 1 tokens"):
+        latmix.evaluate(model, OTHER, window=1, progress=told, out=tmp_path / "result.json")
+    assert told.heard and not list(tmp_path.iterdir())
+    latmix.evaluate(model, OTHER, window=64, out=tmp_path / "result.json")
+    before = lines_of(tmp_path / "result.json.log")
+    with pytest.raises(LatmixError, match="A window of 1 tokens"):
+        latmix.evaluate(model, OTHER, window=1, out=tmp_path / "result.json")
+    assert lines_of(tmp_path / "result.json.log")[: len(before)] == before  # nor does it take away
+
+
+def test_an_export_tells_of_tensors_and_passes_and_has_a_log(
+    tuned: tuple[Path, Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "CONTINUE", 3)
+
+    class Stop(Told):
+        """In the third pass."""
+
+        def advance(self, note: str = "") -> None:
+            super().advance(note)
+            if (self.heard[-1][0], self.heard[-1][3]) == ("fingerprint", 5):
+                raise KeyboardInterrupt
+
+    out, told = tmp_path / "out", Told()
+    with pytest.raises(KeyboardInterrupt):
+        exports.export(tuned[0], "transformers", out, first := Stop())
+    exports.export(tuned[0], "transformers", out, told)
+    tensors = len(load_file(out / "model.safetensors"))
+    assert of("write", first) == [[tensors, 0, tensors]] and of("write", told) == [[tensors, tensors, 0]]
+    assert of("fingerprint", first) == [[8, 0, 5]] and of("fingerprint", told) == [[8, 4, 4]]  # passes of two layers
+    assert [stage[0] for stage in told.heard] == ["check, MiB", "check, MiB", "write", "fingerprint", "seal, MiB"]
+    log = lines_of(out / "log.txt")
+    assert f"write: {tensors} to do" in log and "fingerprint: 8 to do, 4 of them done already" in log
+    exports.open_export(out, told)  # and no checksum is wrong
+    assert "  log.txt\n" in (out / "SHA256SUMS").read_text()
+
+
+@WITH_GGUF
+def test_a_gguf_tells_of_its_tensors(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "CONTINUE", 1)
+    run = latmix.quantize(model, tmp_path / "run", "rtn", CALIBRATION, 0, settings("rtn")).path
+    exports.export(run, "gguf", tmp_path / "out", told := Told())
+    assert of("write", told) == [[22, 0, 22]]  # the head of the file, three, and nine of each layer
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        (["evaluate", "RUN", "--text", str(OTHER), "--window", "64"], ["check, MiB", "load", "evaluate"]),
+        (["export", "RUN", "--to", "transformers", "--out", "OUT"], ["write", "fingerprint", "seal, MiB"]),
+    ],
+)
+def test_commands_show_it(
+    words: list[str], stages: list[str], tuned: tuple[Path, Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "CONTINUE", 1)
+    monkeypatch.setattr(exports, "installed", lambda *_: False)
+    places = {"RUN": str(tuned[0]), "OUT": str(tmp_path / "out")}
+    shown = CliRunner().invoke(app, [places.get(word, word) for word in words])
+    assert shown.exit_code == 0, shown.output
+    for stage in stages:
+        assert re.search(rf"{stage} .*\d+/\d+", shown.stderr), shown.stderr

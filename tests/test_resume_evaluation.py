@@ -123,7 +123,8 @@ WHAT = {"text": "0" * 64, "window": 7, "separator": None}
 
 def finish(result: Path, what: dict = WHAT) -> int:
     """Add the batches that are not known, as an evaluation does; how many were."""
-    with kept(result, what, BATCHES) as finished:
+    with kept(result) as finished:
+        finished.begin(what, BATCHES)
         for batch, expected in zip(finished.known, RESULTS, strict=False):
             assert torch.equal(batch, expected)
         for batch in RESULTS[len(finished.known) :]:
@@ -134,7 +135,8 @@ def finish(result: Path, what: dict = WHAT) -> int:
 @pytest.fixture
 def half(tmp_path: Path) -> Path:
     """With two records."""
-    with pytest.raises(Killed), kept(tmp_path / "unit.json", WHAT, BATCHES) as finished:
+    with pytest.raises(Killed), kept(tmp_path / "unit.json") as finished:
+        finished.begin(WHAT, BATCHES)
         for batch in RESULTS[:2]:
             finished.add(batch)
         raise Killed
@@ -156,7 +158,8 @@ def test_a_record_that_is_cut_short_or_damaged_is_computed_again(half: Path) -> 
 
 
 def test_what_was_killed_before_the_result_had_its_name_computes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(Killed), kept(tmp_path / "unit.json", WHAT, BATCHES) as finished:
+    with pytest.raises(Killed), kept(tmp_path / "unit.json") as finished:
+        finished.begin(WHAT, BATCHES)
         for batch in RESULTS:
             finished.add(batch)
         raise Killed

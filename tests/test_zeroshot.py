@@ -11,8 +11,10 @@ import pytest
 
 from latmix.comparison import Texts, compare
 from latmix.errors import LatmixError
-from latmix.eval.zeroshot import DEFINITIONS, _options, _score
+from latmix.eval.zeroshot import DEFINITIONS, _options, _score, measure_task
+from latmix.model.load import load
 from tests.test_pipeline import save_tiny
+from tests.test_progress import Told
 from tests.texts import CALIBRATION, OTHER
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
@@ -184,8 +186,17 @@ def test_a_comparison_measures_tasks_in_a_process_of_its_own(tmp_path: Path) -> 
         tasks=["piqa", "lambada_openai"],
         task_data=tmp_path,
     )
+    (log,) = (tmp_path / "out" / "cells").glob("*/log.txt")
+    assert all(stage in log.read_text() for stage in ("load: ", "evaluate: ", "piqa, requests: 6 to do"))
     assert not row.failures and row.tasks is not None and row.tasks.keys() == {"piqa", "lambada_openai"}
     assert row.zero_shot is not None and row.zero_shot.mean == sum(task.mean for task in row.tasks.values()) / 2
+
+
+def test_a_task_tells_of_every_request(tmp_path: Path) -> None:
+    write_local("piqa", HUB["piqa"][1], tmp_path)
+    told, loaded = Told(), load(save_tiny(tmp_path / "model"))
+    measure_task(loaded, "piqa", str(tmp_path), progress=told)
+    assert told.heard == [["piqa, requests", 6, 0, 6]]
 
 
 FORKS = """

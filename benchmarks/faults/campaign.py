@@ -21,6 +21,7 @@ from tests.test_pipeline import save_tiny
 from latmix import export
 from latmix.assets import CALIBRATION, EVALUATION
 from latmix.cli import main as program
+from latmix.eval.kept import log_of
 from latmix.export.card import CARD  # says where it is; compared by itself
 from latmix.rundir import LOG, SUMMARY, SUMS
 
@@ -168,7 +169,8 @@ class Campaign:
     def same(self, work: Work, out: Path, child: Child) -> bool:
         ours = content(out)
         names = [name for name in sorted(ours.keys() | work.whole.keys()) if ours.get(name) != work.whole.get(name)]
-        leftovers = [file.name for file in out.parent.iterdir() if file.name not in (out.name, "told.txt")]
+        expected = (out.name, log_of(out).name, "told.txt")
+        leftovers = [file.name for file in out.parent.iterdir() if file.name not in expected]
         with child.told.open("a") as told:
             told.write(f"(other bytes than undisturbed: {', '.join(names)})\n" if names else "")
             told.write(f"(left behind: {', '.join(leftovers)})\n" if leftovers else "")

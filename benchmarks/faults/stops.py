@@ -33,11 +33,16 @@ def killed(campaign: Campaign, work: Work, fault: str, strike: Strike, times: in
         for _ in range(times):
             child = strike(campaign, work, out)
             places += [child.stage] if child.killed else []
-            if out.exists():
+            if finished(out):
                 break
-        fine, child = (campaign.same(work, out, child), child) if out.exists() else campaign.goes_on(work, out)
+        fine, child = (campaign.same(work, out, child), child) if finished(out) else campaign.goes_on(work, out)
         for place in places:
             campaign.note(fault, work.name, place, fine, child)
+
+
+def finished(out: Path) -> bool:
+    """A result that is one file has its name a little before what is half done goes."""
+    return out.exists() and not out.with_name(f"{out.name}.partial").exists()
 
 
 def at_a_moment(campaign: Campaign, work: Work, out: Path) -> Child:

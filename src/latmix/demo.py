@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -31,12 +32,13 @@ def run(out: Path, seed: int, progress: Progress) -> list[Row]:
     """Raises: LatmixError: `out` exists."""
     if out.exists():
         raise InputError(f"The output folder '{out}' exists; choose another --out or remove it.")
-    original = evaluate(DEMO_MODEL, EVALUATION, reference=DEMO_MODEL)
+    measure = partial(evaluate, text=EVALUATION, reference=DEMO_MODEL, progress=progress)
+    original = measure(DEMO_MODEL)
     rows = [Row("full precision", original, 0.0)]
     for name in RECIPES:
         finished = quantize(DEMO_MODEL, out / name, name, CALIBRATION, seed, SETTINGS, progress)
         seconds = sum(stage["seconds"] for stage in finished.summary["stages"].values())
-        rows.append(Row(name, evaluate(out / name, EVALUATION, reference=DEMO_MODEL), seconds))
+        rows.append(Row(name, measure(out / name), seconds))
     write_json(out / REPORT, [dataclasses.asdict(row) for row in rows])
     return rows
 

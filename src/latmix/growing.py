@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from latmix.progress import Progress
 from latmix.rundir import digest, flush, note
 
 GROWING, PARTS = ".growing", ".parts"
@@ -51,19 +52,24 @@ class Part:
     make: Callable[[], memoryview]
 
 
-def grow(path: Path, parts: Sequence[Part]) -> None:
+def grow(path: Path, parts: Sequence[Part], progress: Progress | None = None) -> None:
     """Make the file, or go on with what is there of it (`FILE.growing`); it has the name `path` when all of it is on
     the disk.
 
-    Cost: one part in memory. Raises: OSError: it cannot be written; what is finished stays.
+    progress: told of every part. Cost: one part in memory.
+
+    Raises: OSError: it cannot be written; what is finished stays.
     """
+    progress = progress or Progress()
     unfinished = path.with_name(path.name + GROWING)
     if not path.exists():
         with growing(unfinished, [part.bytes for part in parts]) as file:
+            progress.stage("write", len(parts), file.done)
             for part in parts[file.done :]:
                 data = part.make()
                 assert len(data) == part.bytes
                 file.add(data)
+                progress.advance()
         flush(unfinished)
         note(path, digest(unfinished))
         os.replace(unfinished, path)

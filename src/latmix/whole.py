@@ -86,15 +86,15 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
         student, stored = source.skeleton(), _stored(task, space.work)
         stored.fill_tables(student, arch)
         offload = too_large(source, share * (MOVING + tuning.average if tuning.codes else KEEPING))
-        parts = free(student, arch, _filling(task, student, stored, tuning), tuning, offload)
+        parts = free(student, arch, _filling(task, student, stored, tuning), tuning, progress, offload)
         quantize_inputs(student, arch, task.maps, task.activations)
         with _curve(space, TUNING) as record:
             arguments = (tuning, recipe.seed, record, space.snapshot(TUNE), progress)
             tune(student, parts, _teacher(task, space, progress), task.taught, task.held_out, *arguments)
-        _write(task, student, parts, stored, space.folder)
+        _write(task, student, parts, stored, space.folder, progress)
         del student, parts
     model, shard = source.skeleton(), partial(sharding.shard, offload=too_large(source, 2 * share))
-    checkpoint.assemble(model, arch, _stored(task, space.folder), shard)
+    checkpoint.assemble(model, arch, _stored(task, space.folder), progress, shard)
     sharding.join_layers(model.base_model)
     quantize_inputs(model, arch, task.maps, task.activations)
     return score(model, task.held_out, spread(source, progress), progress=progress)
@@ -137,9 +137,12 @@ def _filling(
     return fill
 
 
-def _write(task: Task, student: PreTrainedModel, parts: Free, stored: checkpoint.Stored, folder: Path) -> None:
+def _write(
+    task: Task, student: PreTrainedModel, parts: Free, stored: checkpoint.Stored, folder: Path, progress: Progress
+) -> None:
     """The tuned model, a layer at a time put together from all ranks; the tables last, the head after all else."""
     arch = task.source.arch
+    progress.stage("write", task.source.layers)
     for index, layer in enumerate(layers(student, arch)):
         path = f"{arch.layers}.{index}"
         codes = parts.settled(path)
@@ -149,6 +152,7 @@ def _write(task: Task, student: PreTrainedModel, parts: Free, stored: checkpoint
             rest = [name for name in arch.linears if name not in codes]
             codes |= {name: stored.quantized(f"{path}.{name}", linear(layer, name).in_features) for name in rest}
             checkpoint.write_layer(folder / checkpoint.layer_file(index), path, kept, checkpoint.packed(codes), {})
+        progress.advance()
     if ranks.first():
         checkpoint.write_tables(student, arch, folder)
     ranks.wait()

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from latmix import export as exports
 from latmix.cli.app import app
+from latmix.cli.terminal import TerminalProgress
 from latmix.errors import FailedError
 
 Python = Annotated[
@@ -26,12 +27,13 @@ def export_command(
     python: Python = None,
 ) -> None:
     """Write a run in the format of an engine, and verify it in that engine where it is installed."""
-    exports.export(run, to, out)
-    manifest = exports.open_export(out)
+    with TerminalProgress() as progress:
+        exports.export(run, to, out, progress)
+        manifest = exports.open_export(out, progress)
     first, *others = manifest["engines"]
     here = [name for name in (first, *others) if exports.installed(name, to)]
     if python is not None or here:
-        _report(exports.verify(out, first if python else here[0], python), out)
+        _verify(out, first if python else here[0], python)
     if python is None and first not in here:
         print(f"Not verified in {first}, which is not installed here. Run: latmix verify {out} --python PATH")
     command = exports.EXPORTS[to].serve(out, manifest["recipe"]["activations"])
@@ -45,11 +47,13 @@ def verify_command(
     python: Python = None,
 ) -> None:
     """Load an export in its engine and compare it with the run it came from; writes verdict.json."""
-    _report(exports.verify(folder, engine, python), folder)
+    _verify(folder, engine, python)
 
 
-def _report(verdict: exports.Verdict, folder: Path) -> None:
+def _verify(folder: Path, engine: str | None, python: str | None) -> None:
     """Raises: LatmixError: engine and run disagree."""
+    with TerminalProgress() as progress:
+        verdict = exports.verify(folder, engine, python, progress)
     table = Table("measure", "engine", "run", title=f"{verdict.engine}: {'agrees' if verdict.passed else 'DISAGREES'}")
     table.add_row("perplexity", f"{verdict.perplexity:.4f}", f"{verdict.run_perplexity:.4f}")
     table.add_row("weights only", "", f"{verdict.run_weights_only:.4f}")

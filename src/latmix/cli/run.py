@@ -59,7 +59,9 @@ def evaluate(
     target: Annotated[Path, typer.Argument(metavar="DIR_OR_MODEL", help="A run directory or a Hugging Face folder.")],
     text: Annotated[Path, typer.Option(help="Text to measure on.")],
     reference: Annotated[Path | None, typer.Option(help="The unquantized model, for KL and agreement.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the result here as JSON, and go on when stopped.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the result here as JSON, a log beside it; go on when stopped.")
+    ] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens in a window; 2048 or the model's limit unless given.")
     ] = None,

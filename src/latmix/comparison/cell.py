@@ -23,25 +23,29 @@ from latmix.eval.zeroshot import measure_task
 from latmix.evaluation import evaluate
 from latmix.model.load import load
 from latmix.pipeline import quantize, restore
-from latmix.rundir import JOURNAL, write_json
+from latmix.progress import Logged, Progress
+from latmix.rundir import JOURNAL, LOG, write_json
 
 
 def compute(cell: Cell) -> None:
     """What is missing of the cell: run, evaluation, tasks, in this order, each stored as soon as it is there.
 
+    What takes long is told in the log, where what the process says goes too.
+
     Raises: whatever stopped it.
     """
     with _owned(Path(cell.folder)):
+        told = Logged(Progress(), Path(cell.folder, LOG))
         if cell.recipe is not None and not cell.run.is_dir():
-            quantize(cell.model, cell.run, cell.recipe, cell.calibration)
+            quantize(cell.model, cell.run, cell.recipe, cell.calibration, progress=told)
         target = Path(cell.model) if cell.recipe is None else cell.run
         ask = cell.measures
         if not cell.evaluation.is_file():
-            evaluate(target, ask.text, cell.model, ask.window, ask.separator, out=cell.evaluation)
+            evaluate(target, ask.text, cell.model, ask.window, ask.separator, told, cell.evaluation)
         if missing := [name for name in ask.tasks if not cell.task(name).is_file()]:
-            loaded = load(target) if cell.recipe is None else restore(target)
+            loaded = load(target, told) if cell.recipe is None else restore(target, progress=told)
             for name in missing:
-                scores = measure_task(loaded, name, ask.task_data, ask.task_options)
+                scores = measure_task(loaded, name, ask.task_data, ask.task_options, told)
                 cell.task(name).parent.mkdir(exist_ok=True)
                 write_json(cell.task(name), dataclasses.asdict(scores))
         cell.failure.unlink(missing_ok=True)

@@ -16,9 +16,9 @@ import torch
 from latmix.comparison.plan import Cell
 from latmix.comparison.queue import Queue
 from latmix.ranks import LAUNCHER
-from latmix.rundir import write_json
+from latmix.rundir import LOG, write_json
 
-WORKER, LOG = "latmix.comparison.cell", "log.txt"
+WORKER = "latmix.comparison.cell"
 INTERVAL = 0.1  # seconds between looks
 
 

@@ -1,4 +1,4 @@
-"""An evaluation in the making: `RESULT.partial`, one file beside the one that will hold its result.
+"""An evaluation in the making: `RESULT.partial`, one file beside the one that will hold its result, and its log.
 
 A line says what is measured, by content; a record for each finished batch of windows follows: float32 results of its
 tokens and their SHA-256. The file is only appended to, and a record is on the disk before the next batch begins. So,
@@ -20,17 +20,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from latmix.errors import DamagedError, InputError, WriteError
+from latmix.errors import DamagedError, InputError, LatmixError, WriteError
 from latmix.rundir import alone
 
-SUFFIX = ".partial"
+SUFFIX, LOG = ".partial", ".log"
 
 
 class Kept:
-    """Attributes: known: of each batch that is finished already, the results."""
+    """Attributes: known: of each batch that is finished already, the results; `begin` finds them."""
 
-    def __init__(self, file: IO[bytes], known: Sequence[Float[Tensor, "measures _"]]) -> None:
-        self._file, self.known = file, known
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self.known: Sequence[Float[Tensor, "measures _"]] = ()
+
+    def begin(self, what: Mapping[str, Any], batches: Sequence[tuple[int, int]]) -> None:
+        """what: is measured. batches: (measures, tokens) of each.
+
+        Raises: LatmixError: what is there is of something else, or damaged.
+        """
+        _identify(self._file, self._path, what)
+        self.known = _known(self._file, batches)
 
     def add(self, results: Float[Tensor, "measures tokens"]) -> None:
         """Those of the next batch."""
@@ -39,24 +48,36 @@ class Kept:
 
 
 @contextmanager
-def kept(result: Path, what: Mapping[str, Any], batches: Sequence[tuple[int, int]]) -> Iterator[Kept]:
+def kept(result: Path) -> Iterator[Kept]:
     """What is finished of the evaluation that will be `result`; nobody needs it any more when the block ends well.
 
-    what: is measured. batches: (measures, tokens) of each.
+    Where the block fails before it has begun, neither it nor a log is left behind.
 
-    Raises: LatmixError: another process makes this result, what is there is of something else, or it cannot be written.
+    Raises: LatmixError: another process makes this result, or it cannot be written.
     """
-    path = result.with_name(result.name + SUFFIX)
+    path, log = result.with_name(result.name + SUFFIX), log_of(result)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path, f"on '{path}'; wait for it, or choose another --json") as file:
-            _identify(file, path, what)
-            yield Kept(file, _known(file, batches))
+            earlier = log.exists()
+            try:
+                yield Kept(file, path)
+            except LatmixError:
+                if not path.stat().st_size:
+                    path.unlink()
+                    if not earlier:
+                        log.unlink(missing_ok=True)
+                raise
             path.unlink()
     except OSError as error:
         raise WriteError(
             f"Cannot write '{path}': {error.strerror or error}. What is finished stays there; the same command goes on."
         ) from error
+
+
+def log_of(result: Path) -> Path:
+    """Of the evaluations that made it."""
+    return result.with_name(result.name + LOG)
 
 
 def _identify(file: IO[bytes], path: Path, what: Mapping[str, Any]) -> None:

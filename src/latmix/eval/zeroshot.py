@@ -9,13 +9,14 @@ tasks of their own here.
 import functools
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latmix.errors import FailedError, InputError, UnavailableError
 from latmix.model.load import Loaded
+from latmix.progress import Progress
 
 DEFINITIONS = Path(__file__).parent / "tasks"
 LOCAL = "local_"
@@ -43,13 +44,18 @@ class TaskScore:
 
 
 def measure_task(
-    loaded: Loaded, name: str, folder: str | None = None, options: Mapping[str, str] | None = None
+    loaded: Loaded,
+    name: str,
+    folder: str | None = None,
+    options: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> TaskScore:
     """Measure one task.
 
     Args:
         folder: holds the local files; None: the hub's data.
         options: arguments of the harness's `simple_evaluate` or of its `HFLM`, values as text (`{"limit": "100"}`).
+        progress: told of every request.
 
     Raises: LatmixError: the harness is not installed, an unknown task or option, or a task without accuracy.
     """
@@ -67,10 +73,37 @@ def measure_task(
         raise InputError(
             f"Unknown task '{name}'; " + (f"local files: {known}." if folder else "see `lm-eval ls tasks`.")
         )
-    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, **for_model)
+    progress = progress or Progress()
+    model = _telling(HFLM, name, progress)(pretrained=loaded.model, tokenizer=loaded.tokenizer, **for_model)
+    model.set_cache_hook(_Hook(progress))
     result = simple_evaluate(model, tasks=[asked], task_manager=manager, log_samples=True, **for_run)
     assert result is not None  # None on other ranks than the first only
     return _score(name, result["results"][asked], result["samples"][asked])
+
+
+class _Hook:
+    """The harness's way to be told what has been answered. Where its own cache is asked for (`use_cache`), that is told
+    instead."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        self._progress.advance()
+
+
+def _telling(harness: Any, name: str, progress: Progress) -> Any:
+    """The harness's class of models, which tells how many requests a task has."""
+
+    def told(kind: str) -> Callable[..., Any]:
+        def answer(model: Any, requests: Sequence[Any]) -> Any:
+            progress.stage(f"{name}, requests", len(requests))
+            return getattr(harness, kind)(model, requests, disable_tqdm=True)
+
+        return answer
+
+    kinds = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+    return type("Telling", (harness,), {kind: told(kind) for kind in kinds})
 
 
 @functools.cache

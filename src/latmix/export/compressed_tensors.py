@@ -22,13 +22,14 @@ from latmix.export.base import EXPORTS, Export
 from latmix.export.schemes import order_of, quantization_config, renamed, stored
 from latmix.export.shards import Piece, write_shards
 from latmix.export.source import GLOBAL, PACKED, Source, zeros
+from latmix.progress import Progress
 from latmix.rundir import write_json
 from latmix.targets import ATTENTION, MLP, family
 from latmix.transforms import Hadamard
 
 
-def write(source: Source, folder: Path) -> None:
-    write_shards(list(pieces(source)), folder)
+def write(source: Source, folder: Path, progress: Progress) -> None:
+    write_shards(list(pieces(source)), folder, progress)
     write_json(folder / "config.json", stock_config(source) | {"quantization_config": quantization_config(source)})
 
 

@@ -22,6 +22,7 @@ from latmix.export.source import Source
 from latmix.export.streamed import Streamed
 from latmix.model.load import load_tokenizer
 from latmix.model.tensors import write
+from latmix.progress import Progress
 from latmix.rundir import read_json, write_json
 
 FILE = "latmix.fingerprint"
@@ -39,22 +40,24 @@ class Fingerprint:
 
 
 @torch.no_grad()
-def take(source: Source, folder: Path) -> None:
+def take(source: Source, folder: Path, progress: Progress) -> None:
     """Write the run's fingerprint into `folder`; a killed one goes on after the windows, or after the last token.
 
-    Cost: `CONTINUE` + 1 passes over the run, a layer in memory.
+    progress: told of every layer of every pass. Cost: `CONTINUE` + 1 passes over the run, a layer in memory.
 
     Raises: WriteError: the file cannot be written.
     """
     answers, greedy = (folder / f"{FILE}.{part}" for part in ("windows", "greedy"))
     if not (folder / FILE).exists():
-        model, tokenizer, text = Streamed(source), load_tokenizer(source.path), read_text(EVALUATION)
+        model, tokenizer, text = Streamed(source, progress), load_tokenizer(source.path), read_text(EVALUATION)
+        known = read_json(greedy) if greedy.exists() else []
+        passes = 1 + CONTINUE, answers.exists() + len(known)
+        progress.stage("fingerprint", *(count * source.layers for count in passes))
         if not answers.exists():
             window = min(WINDOW, int(source.config["max_position_embeddings"]) - CONTINUE)
             ids = windows(text, tokenizer, window, int(source.config["vocab_size"]))[:WINDOWS]
             write(answers, _answers(model, ids), {})
         kept, _ = _stored(answers)
-        known = read_json(greedy) if greedy.exists() else []
         begun = torch.tensor(prompt(kept["windows"]) + known)
         for token in model.greedy(begun, CONTINUE - len(known)):
             known.append(token)

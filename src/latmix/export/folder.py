@@ -16,6 +16,7 @@ from latmix.export import card, fingerprint
 from latmix.export.base import EXPORTS, MANIFEST, TENSORS
 from latmix.export.shards import filling, plan_of
 from latmix.export.source import Source, open_run
+from latmix.progress import Logged, Progress
 from latmix.rundir import (
     INPUTS,
     LOG,
@@ -25,6 +26,7 @@ from latmix.rundir import (
     SUMS,
     TRANSFORMS,
     TUNING,
+    partial_of,
     read_json,
     write_json,
     write_text,
@@ -37,23 +39,24 @@ VERSION = 2
 OURS = (RECIPE, SUMMARY, METRICS, TUNING, TRANSFORMS, INPUTS, LOG, SUMS, "config.json")
 
 
-def export(run: Path, to: str, out: Path) -> Path:
+def export(run: Path, to: str, out: Path, progress: Progress | None = None) -> Path:
     """Write `run` in the format `to` into the new folder `out`. A killed export resumes when called again.
+    Its log stands beside what it made.
 
     Cost: one tensor in memory while writing; then, for the fingerprint, some two dozen passes over the run with one of
         its layers in memory.
     Raises: LatmixError: unknown target, a run that it cannot express (the reason, and what fits), or a damaged run.
     """
     target, exporter = TARGETS[to], EXPORTS[to]
-    source = open_run(run)
+    source, told = open_run(run, progress), Logged(progress or Progress(), partial_of(out) / LOG)
     refuse(target, source.layout, source.recipe)
-    with filling(out, plan_of(run, to, version("latmix"))) as folder:
-        exporter.write(source, folder)
+    with filling(out, plan_of(run, to, version("latmix")), told) as folder:
+        exporter.write(source, folder, told)
         for file in sorted(run.iterdir()):
             if file.is_file() and file.name not in OURS and not file.name.startswith("quantized"):
                 with written(folder / file.name) as temporary:
                     shutil.copyfile(file, temporary)
-        fingerprint.take(source, folder)
+        fingerprint.take(source, folder, told)
         write_json(folder / MANIFEST, _manifest(source, to, exporter.engines(source)))
         write_text(folder / card.CARD, card.text(folder, out))
     return out
@@ -87,10 +90,10 @@ def _parameters(source: Source) -> int:
     return sum(rows * width for rows, width in kept) + sum(_weights(source, path) for path in source.linears())
 
 
-def open_export(folder: Path) -> dict[str, Any]:
+def open_export(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
     """The manifest of an export whose files are all as they were written.
 
-    Cost: one pass over them.
+    Cost: one pass over them, of which `progress` is told.
 
     Raises: LatmixError: no export, one of another version, or a file missing or changed.
     """
@@ -102,7 +105,7 @@ def open_export(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"The export '{folder}' has version {found}; this latmix reads version {VERSION}.")
     if not isinstance(manifest.get("engines"), list):
         raise DamagedError(f"'{folder / MANIFEST}' is damaged: it names no engines.")
-    check(folder)
+    check(folder, progress=progress)
     checked: dict[str, Any] = manifest
     return checked
 

@@ -21,6 +21,7 @@ from latmix.export.base import EXPORTS, Export
 from latmix.export.source import PACKED, SCALE, Source
 from latmix.export.vocabulary import add_tokenizer
 from latmix.growing import Part, grow
+from latmix.progress import Progress
 
 LINEARS = {
     "self_attn.q_proj": "attn_q",
@@ -40,7 +41,7 @@ NORMS = {
 NAME, ALIGNED = "model.gguf", 32  # bytes
 
 
-def write(source: Source, folder: Path) -> None:
+def write(source: Source, folder: Path, progress: Progress) -> None:
     """Raises: LatmixError: no gguf package, a tokenizer or a rotary embedding that is not written to GGUF."""
     try:
         import gguf
@@ -62,7 +63,8 @@ def write(source: Source, folder: Path) -> None:
     writer.write_ti_data_to_file()
     start = np.frombuffer(head.getvalue(), np.uint8)
     made = zip([start.nbytes, *sizes], [lambda: start, *(make for *_, make in every)], strict=True)
-    grow(folder / NAME, [Part(size + -size % ALIGNED, partial(_padded, make)) for size, make in made])
+    parts = [Part(size + -size % ALIGNED, partial(_padded, make)) for size, make in made]
+    grow(folder / NAME, parts, progress)
 
 
 def _padded(make: Callable[[], np.ndarray]) -> memoryview:

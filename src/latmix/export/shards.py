@@ -5,7 +5,6 @@ A shard that has its name is whole (`rundir.written`). What the folder is being 
 the whole folder is sealed at the end (`latmix.seal`).
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -19,14 +18,15 @@ from torch import Tensor
 
 from latmix.errors import InputError, WriteError
 from latmix.model.tensors import Rows, write
-from latmix.rundir import JOURNAL, LOCK, digest, flush, locked, partial_of, read_json, write_json
+from latmix.progress import Progress
+from latmix.rundir import JOURNAL, LOCK, LOG, SUMS, digest, flush, locked, partial_of, read_json, write_json
 from latmix.seal import compare_noted, seal
 
 SHARD = 2**31
 """Bytes in a shard, at most (a larger tensor has a shard of its own)."""
 
 PLAN = "plan.json"
-MADE = (LOCK, JOURNAL)  # before the plan
+MADE = (LOCK, JOURNAL, LOG)  # before the plan
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,21 @@ class Piece:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def rows(self) -> Rows:
-        return Rows(self.shape, self.dtype, (make() for make in (self.make,)))
+    def rows(self, written: Callable[[], object]) -> Rows:
+        """written: called when it is."""
+
+        def whole() -> Iterator[Tensor]:
+            yield self.make()
+            written()
+
+        return Rows(self.shape, self.dtype, whole())
 
 
 @contextmanager
-def filling(out: Path, plan: Any) -> Iterator[Path]:
+def filling(out: Path, plan: Any, progress: Progress | None = None) -> Iterator[Path]:
     """The folder `OUT.partial` to fill, new or that of a killed export with the same plan; at the end it becomes `out`.
+
+    progress: told of what is read for checksums.
 
     Raises: LatmixError: `out` exists, the partial folder is damaged or another export's, another process works in it,
         or it cannot be written.
@@ -58,19 +66,19 @@ def filling(out: Path, plan: Any) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         with locked(partial):
             partial_of(out)  # whoever had the lock may have finished
-            _identify(partial, plan)
+            _identify(partial, plan, progress)
             yield partial
             for name in (JOURNAL, LOCK):
                 (partial / name).unlink()
-            seal(partial)
+            seal(partial, progress)
             os.replace(partial, out)
             flush(out.parent)
     except OSError as error:
         raise WriteError(f"Cannot write to '{partial}': {error}. The same command goes on from there.") from error
 
 
-def _identify(partial: Path, plan: Any) -> None:
-    compare_noted(partial)
+def _identify(partial: Path, plan: Any, progress: Progress | None) -> None:
+    compare_noted(partial, progress)
     if (partial / PLAN).exists():
         if read_json(partial / PLAN) != plan:
             raise InputError(f"'{partial}' is another export's, or of a run that has changed since; remove it first.")
@@ -82,15 +90,15 @@ def _identify(partial: Path, plan: Any) -> None:
     write_json(partial / PLAN, plan)
 
 
-def write_shards(pieces: list[Piece], folder: Path, limit: int = SHARD) -> None:
+def write_shards(pieces: list[Piece], folder: Path, progress: Progress, limit: int = SHARD) -> None:
     """`model-00001-of-0000N.safetensors` and their index, or one `model.safetensors`. Finished shards are skipped."""
     groups = grouped(pieces, limit)
     names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else ["model.safetensors"]
-    for name, group in zip(names, groups, strict=True):
-        if (folder / name).exists():
-            continue
-        write(folder / name, {piece.name: piece.rows() for piece in group}, {})
+    left = {name: group for name, group in zip(names, groups, strict=True) if not (folder / name).exists()}
+    progress.stage("write", len(pieces), len(pieces) - sum(map(len, left.values())))
+    for name, group in left.items():
+        write(folder / name, {piece.name: piece.rows(progress.advance) for piece in group}, {})
     if len(groups) > 1:
         where = {piece.name: name for name, group in zip(names, groups, strict=True) for piece in group}
         total = sum(piece.bytes for piece in pieces)
@@ -111,6 +119,5 @@ def grouped(pieces: list[Piece], limit: int) -> list[list[Piece]]:
 
 
 def plan_of(source: Path, target: str, version: str) -> dict[str, Any]:
-    """What an export is made from: the run's files by content."""
-    files = {file.name: digest(file) for file in sorted(source.iterdir()) if file.is_file()}
-    return json.loads(json.dumps({"target": target, "version": version, "run": files}))  # type: ignore[no-any-return]
+    """What an export is made from: the run's files by content, which opening it has compared with their checksums."""
+    return {"target": target, "version": version, "run": digest(source / SUMS)}

@@ -19,6 +19,7 @@ from latmix.model.maps import Maps, build_maps
 from latmix.model.source import read_arch, read_config
 from latmix.model.tensors import Tensors
 from latmix.numerics import parse_format
+from latmix.progress import Progress
 from latmix.recipe import Recipe
 from latmix.rundir import RECIPE, SUMMARY, TRANSFORMS, is_run, read_json
 from latmix.targets import HEAD, Layout, sliding
@@ -59,11 +60,13 @@ class Source:
         return found
 
 
-def open_run(path: Path) -> Source:
-    """Raises: LatmixError: no run, or a run whose tensors are damaged, missing or of other shapes than it says."""
+def open_run(path: Path, progress: Progress | None = None) -> Source:
+    """Cost: one pass over its files, of which `progress` is told.
+
+    Raises: LatmixError: no run, or a run whose tensors are damaged, missing or of other shapes than it says."""
     if not is_run(path):
         raise InputError(f"'{path}' is not a run directory; make one with latmix quantize MODEL --out RUN.")
-    tensors = checked(path)
+    tensors = checked(path, progress)
     recipe, arch, config = recipes.find(str(path / RECIPE)), read_arch(path), read_config(path)
     weights, activations = parse_format(recipe.weights), parse_format(recipe.activations)
     block = (activations or weights).block

@@ -21,16 +21,17 @@ from latmix.model.source import empty, pick_device, read_config, skeleton
 from latmix.model.states import embedded
 from latmix.model.tensors import rows
 from latmix.numerics import Quantized, decode, unpack
+from latmix.progress import Progress
 
 Asked = tuple[Int[Tensor, "windows tokens"], bool]
 """Token ids, and whether activations are rounded as in the run or left alone."""
 
 
 class Streamed:
-    """The model of a run, of which no more than a layer is ever there."""
+    """The model of a run, of which no more than a layer is ever there. progress: told of every layer of a pass."""
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.arch = source, source.arch
+    def __init__(self, source: Source, progress: Progress | None = None) -> None:
+        self.source, self.arch, self._progress = source, source.arch, progress or Progress()
         self.model = skeleton(source.path, read_config(source.path))
         self.maps = source.maps.to(pick_device())
 
@@ -49,6 +50,7 @@ class Streamed:
                 streams[place] = list(forward(layer, arguments[place][index], streams[place]))
             inputs.remove()
             empty(layer)
+            self._progress.advance()
         norm = self.model.get_submodule(self.arch.final_norm)
         self._parameters(norm, self.arch.final_norm)
         return [norm(torch.cat(batches)) for batches in streams]

@@ -12,11 +12,12 @@ from latmix.export.base import EXPORTS, Export
 from latmix.export.shards import Piece, write_shards
 from latmix.export.source import GLOBAL, PACKED, SCALE, Source
 from latmix.packed import METHOD, PREFIX, VERSION, class_name
+from latmix.progress import Progress
 from latmix.rundir import write_json
 
 
-def write(source: Source, folder: Path) -> None:
-    write_shards(list(pieces(source)), folder)
+def write(source: Source, folder: Path, progress: Progress) -> None:
+    write_shards(list(pieces(source)), folder, progress)
     config = source.config | {
         "model_type": f"{PREFIX}{source.arch.name}",
         "architectures": [class_name(source.arch)],

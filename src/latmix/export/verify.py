@@ -31,6 +31,7 @@ from latmix.export.base import MANIFEST
 from latmix.export.engines import run_transformers
 from latmix.export.fingerprint import Fingerprint, following
 from latmix.export.folder import open_export
+from latmix.progress import Progress
 from latmix.rundir import read_json
 from latmix.seal import rewrite
 
@@ -62,16 +63,19 @@ class Verdict:
     passed: bool
 
 
-def verify(folder: Path, engine: str | None = None, python: str | None = None) -> Verdict:
+def verify(
+    folder: Path, engine: str | None = None, python: str | None = None, progress: Progress | None = None
+) -> Verdict:
     """Load the export in an engine, compare with the run, write `verdict.json` and the model card.
 
     Args:
         engine: one of the manifest's; its first unless given.
         python: the interpreter of the engine's environment; this one unless given.
+        progress: told of what is read for checksums, and that the engine is asked.
 
     Raises: LatmixError: a damaged export, an engine that cannot load it or is not installed.
     """
-    manifest = open_export(folder)
+    manifest, progress = open_export(folder, progress), progress or Progress()
     engines = [name for name in MODULES if name in manifest["engines"]]
     engine = engine or next((name for name in manifest["engines"] if name in engines), "")
     if engine not in engines:
@@ -82,7 +86,9 @@ def verify(folder: Path, engine: str | None = None, python: str | None = None) -
             f"'{engine}' cannot load '{folder}' here: it or a package that it needs is not installed. "
             "scripts/engines.sh makes an environment for it: give its interpreter with --python."
         )
+    progress.stage(f"ask {engine}", 1)
     verdict = judge(expected, ask(folder, engine, expected.request, python), engine)
+    progress.advance()
     record(folder, engine, verdict)
     return verdict
 

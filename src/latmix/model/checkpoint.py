@@ -150,15 +150,15 @@ def checked(run: Path, progress: Progress | None = None) -> Tensors:
     return Tensors.of(files)
 
 
-def restore(run: Path, tensors: Tensors, format: BlockFormat) -> Loaded:
+def restore(run: Path, tensors: Tensors, format: BlockFormat, progress: Progress) -> Loaded:
     """The model of a run, its weights decoded to float32; its inputs are not yet quantized.
 
-    tensors: of the run, `checked`.
+    tensors: of the run, `checked`. progress: told of every layer.
 
     Raises: DamagedError: a tensor is missing, left over or of another shape.
     """
     arch, model = read_arch(run), skeleton(run, read_config(run))
-    assemble(model, arch, Stored.of(tensors, format))
+    assemble(model, arch, Stored.of(tensors, format), progress)
     return Loaded(model, arch, load_tokenizer(run), run)
 
 
@@ -223,15 +223,22 @@ class Stored:
 
 
 def assemble(
-    model: PreTrainedModel, arch: Arch, stored: Stored, each: Callable[[nn.Module], None] = lambda layer: None
+    model: PreTrainedModel,
+    arch: Arch,
+    stored: Stored,
+    progress: Progress,
+    each: Callable[[nn.Module], None] = lambda layer: None,
 ) -> None:
-    """Fill a skeleton, in place. each: what becomes of every layer once it is filled.
+    """Fill a skeleton, in place. each: what becomes of every layer once it is filled. progress: told of every layer.
 
     Raises: DamagedError: a tensor is missing, left over or of another shape.
     """
+    every = layers(model, arch)
+    progress.stage("load", len(every))
     stored.fill_tables(model, arch)
-    for index, layer in enumerate(layers(model, arch)):
+    for index, layer in enumerate(every):
         stored.fill_layer(layer, arch, f"{arch.layers}.{index}")
         each(layer)
+        progress.advance()
     if stored.left:
         raise DamagedError(f"The checkpoint holds '{min(stored.left)}', which does not fit its config.")

@@ -19,6 +19,7 @@ from latmix.errors import InputError
 from latmix.model.latent import Latent
 from latmix.model.parts import layers, linear
 from latmix.numerics import Quantized
+from latmix.progress import Progress
 from latmix.recipe import Tuning
 
 KEPT = ("gains", "embedding", "head")
@@ -69,13 +70,19 @@ class Free(nn.Module):
 
 
 def free(
-    model: PreTrainedModel, arch: Arch, fill: Callable[[int], Filled], tuning: Tuning, offload: bool = False
+    model: PreTrainedModel,
+    arch: Arch,
+    fill: Callable[[int], Filled],
+    tuning: Tuning,
+    progress: Progress,
+    offload: bool = False,
 ) -> Free:
     """Make parts of a quantized model learnable, in place: those in `tuning.kept` (the head's bias, where the maps gave
     it one, belongs to the head), a bias of the readers of each input in `tuning.biases` (zero where they had none), and
     with `tuning.codes` codes and scales.
 
     fill: puts the weights of the layer of that number into the model; the rest is there.
+    progress: told of every layer.
     offload: what the layers learn, with gradients and Adam's moments, waits in the CPU's memory (`sharding.shard`).
 
     Raises: LatmixError: an unknown part or input; lists the known.
@@ -87,7 +94,9 @@ def free(
     norms = [spot.norm for spot in arch.inputs if spot.norm is not None] if "gains" in tuning.kept else []
     readers = [reader for name in tuning.biases for reader in arch.input(name).readers]
     movable: list[str] = []
-    for index, layer in enumerate(layers(model, arch)):
+    every = layers(model, arch)
+    progress.stage("free", len(every))
+    for index, layer in enumerate(every):
         path, (quantized, unrounded) = f"{arch.layers}.{index}", fill(index)
         kept += [f"{path}.{name}" for norm in norms for name in _thaw_all(layer, norm)]
         kept += [f"{path}.{name}" for name in _loosen_biases(layer, [name for name in arch.linears if name in readers])]
@@ -100,6 +109,7 @@ def free(
         for name in arch.linears if tuning.codes else ():
             latent, values, _ = _latent(layer.get_submodule(name))
             latent.part(sharding.held(values).device)
+        progress.advance()
     sharding.join_layers(model.base_model)
     return Free(model, kept, movable)
 

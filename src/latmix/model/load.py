@@ -13,6 +13,7 @@ from latmix.archs import Arch
 from latmix.errors import DamagedError
 from latmix.model.shards import is_bare
 from latmix.model.source import open_source, tie
+from latmix.progress import Progress
 from latmix.rundir import read_json
 
 
@@ -36,12 +37,16 @@ class Loaded:
         return int(self.model.config.vocab_size)
 
 
-def load(path: Path | str) -> Loaded:
-    """Raises: LatmixError: no such folder, no or broken config, unknown architecture, missing, truncated or non-finite
+def load(path: Path | str, progress: Progress | None = None) -> Loaded:
+    """progress: told of every tensor.
+
+    Raises: LatmixError: no such folder, no or broken config, unknown architecture, missing, truncated or non-finite
     weights, no tokenizer."""
     source = open_source(path)
     tokenizer, model = load_tokenizer(source.path), source.skeleton()
-    source.fill(model, "")
+    progress = progress or Progress()
+    progress.stage("load", sum(1 for _ in model.parameters()))
+    source.fill(model, "", progress=progress)
     tie(model, source.arch)
     return Loaded(model, source.arch, tokenizer, source.path)
 

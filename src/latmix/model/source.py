@@ -84,10 +84,12 @@ class Source:
                 raise DamagedError(f"The tensor '{name}' in '{self.path}' holds NaN or infinity.")
             yield wide
 
-    def fill(self, module: nn.Module, path: str, left_out: Collection[str] = ()) -> None:
+    def fill(
+        self, module: nn.Module, path: str, left_out: Collection[str] = (), progress: Progress | None = None
+    ) -> None:
         """Read every parameter of the module that stands at `path`; '' is the whole model.
 
-        left_out: names of parameters that stay as they are.
+        left_out: names of parameters that stay as they are. progress: told of every one that is read.
 
         Raises: DamagedError: one cannot be read, or is not finite.
         """
@@ -97,6 +99,8 @@ class Source:
                 continue
             found = nn.Parameter(self.tensor(f"{path}.{name}" if path else name), requires_grad=False)
             setattr(module.get_submodule(owner), attribute, found)
+            if progress is not None:
+                progress.advance()
 
     @contextmanager
     def filled(self, module: nn.Module, path: str) -> Iterator[None]:
