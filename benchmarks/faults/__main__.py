@@ -18,6 +18,7 @@ from benchmarks.faults.damage import bad_numbers, damaged  # noqa: E402
 from benchmarks.faults.stops import full_disk, kills, signals, together  # noqa: E402
 
 from latmix.numerics import native  # noqa: E402
+from latmix.transforms import hadamard  # noqa: E402
 
 FAULTS = {fault.__name__: fault for fault in (signals, full_disk, together, damaged, bad_numbers)}
 

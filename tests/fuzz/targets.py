@@ -283,5 +283,6 @@ WHAT = {"model": CHECKSUM, "reference": None, "separator": None, "text": CHECKSU
 @target("evaluations in the making", BYTES, [json.dumps(WHAT).encode() + b"\n" + bytes(60), b"{}\n", b""])
 def _evaluation(data: bytes, folder: Path) -> object:
     (folder / f"result.json{SUFFIX}").write_bytes(data)
-    with kept(folder / "result.json", WHAT, [(1, 7), (1, 7)]) as found:
+    with kept(folder / "result.json") as found:
+        found.begin(WHAT, [(1, 7), (1, 7)])
         return found.known
