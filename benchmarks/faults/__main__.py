@@ -17,6 +17,7 @@ from benchmarks.faults.campaign import RECIPES, Campaign  # noqa: E402
 from benchmarks.faults.damage import bad_numbers, damaged  # noqa: E402
 from benchmarks.faults.stops import full_disk, kills, signals, together  # noqa: E402
 
+from latmix.compiled import library  # noqa: E402
 from latmix.numerics import native  # noqa: E402
 from latmix.transforms import hadamard  # noqa: E402
 
