@@ -1,7 +1,8 @@
 """What the processes of `test_ranks.py` run, on tiny models: `torchrun … tests/ranks.py FOLDER MODEL [DEATH]`.
 
-In FOLDER there are then, for learning with nothing rounded, learning as it is, and tuning, the curve and what was
-learned, and two runs: GPTQ, and rounding to nearest without any activation. What is there already is not done again. At
+In FOLDER there are then, for learning with nothing rounded, learning as it is, tuning, and learning layer by layer, the
+curve (of the last none) and what was learned, and three runs: GPTQ and rounding to nearest without any activation, with
+bytes that do not depend on the number of processes, and one that is tuned. What is there already is not done again. At
 DEATH, a step of learning or "layer", the last rank kills itself.
 """
 
@@ -24,12 +25,16 @@ import latmix
 from latmix import convert, ranks, sharding
 from latmix.archs import ARCHS
 from latmix.distill import Step, Teacher, learn, tune
+from latmix.layerwise import learn_layers
+from latmix.model.attach import attach
 from latmix.model.checkpoint import share
 from latmix.model.inputs import quantize_inputs
 from latmix.model.maps import build_maps
 from latmix.model.parts import layers
 from latmix.numerics import parse_format
-from latmix.recipe import Learning, Tuning
+from latmix.progress import Progress
+from latmix.recipe import Layerwise, Learning, Tuning
+from latmix.recipes import find
 from tests.models import codes_of, free_parts, perturb, rounded
 from tests.test_distill import WINDOWS, student_of, teacher
 
@@ -41,18 +46,20 @@ RUNS = {
     "calibrated": ("wush", WINDOW | {"calibration.held_out": "4", "folded.values": "none", "quantizer": "gptaq"}),
     "plain": ("quarot-rtn", WINDOW | {"calibration.held_out": "0"}),
 }
+STEPS = {"tuning.steps": "6", "tuning.batch": "4", "tuning.evaluate_every": "2"}
+ABOUT = {"whole": ("block-hadamard", WINDOW | STEPS | {"calibration.held_out": "4"})}
 Take = Callable[[Step], None]
 
 
 def sharded(model):
-    for layer in layers(model, LLAMA):
-        sharding.shard(layer)
+    for part in (model.get_submodule(LLAMA.embedding), model.get_submodule(LLAMA.head), *layers(model, LLAMA)):
+        sharding.shard(part)
     sharding.join_layers(model.base_model)
     return model
 
 
 def in_parts():
-    return Teacher(lambda: sharded(teacher()), teacher().get_output_embeddings(), "")
+    return Teacher(lambda: sharded(teacher()), sharded(teacher()).get_output_embeddings(), "")
 
 
 def learned(folder: Path, name: str, take: Take) -> dict[str, Tensor]:
@@ -82,10 +89,21 @@ def tuned(folder: Path, take: Take) -> dict[str, Tensor]:
     parts = free_parts(student, LLAMA, quantized, unrounded, TUNING)
     quantize_inputs(student, LLAMA, build_maps(LLAMA, model.config, {}, {}, block=32, seed=0), FORMAT)
     tune(student, parts, in_parts(), WINDOWS[:8], WINDOWS[:3], TUNING, 0, take, folder / "tuned.snapshot")
-    held = sum(sharding.held(tensor).numel() for tensor in [*parts.latents.values(), *student.buffers()])
-    (folder / f"tuned.held.{ranks.rank()}").write_text(str(held))
+    for name, tensors in {"tuned": [*parts.latents.values(), *student.buffers()], "kept": parts.kept.values()}.items():
+        held = sum(sharding.held(tensor).numel() for tensor in tensors)
+        (folder / f"{name}.held.{ranks.rank()}").write_text(str(held))
     codes = {path: q.codes for path, q in codes_of(parts, LLAMA, 2).items()}
     return codes | {name: sharding.whole(part.detach()) for name, part in parts.kept.items()}
+
+
+def layered(take: Take) -> dict[str, Tensor]:
+    """Maps that learned layer by layer, and what they were before."""
+    model = sharded(teacher())
+    maps = build_maps(LLAMA, model.config, {}, find("flatquant").online, block=32, seed=0)
+    before = {f"before/{name}": tensor.clone() for name, tensor in maps.state_dict().items()}
+    attached = attach(sharded(teacher()), LLAMA, maps, FORMAT, FORMAT)
+    learn_layers(attached, model, WINDOWS[:8], Layerwise(epochs=3, batch=4), 0, Progress())
+    return before | {f"after/{name}": tensor for name, tensor in maps.state_dict().items()}
 
 
 def noted(folder: Path, name: str, work: Callable[[Take], dict[str, Tensor]], also: Take) -> None:
@@ -117,6 +135,7 @@ def all_parts(folder: Path, model: Path, death: str = "") -> None:
     for name in ("exact", "rounded"):
         noted(folder, name, lambda take: learned(folder, name, take), on_step if name == "rounded" else lambda _: None)  # noqa: B023
     noted(folder, "tuned", lambda take: tuned(folder, take), lambda _: None)
+    noted(folder, "layered", layered, lambda _: None)
     if death == "layer":
         left, original = [2], convert.quantize_layer
 
@@ -125,7 +144,7 @@ def all_parts(folder: Path, model: Path, death: str = "") -> None:
             return original(*arguments) if left[0] else die()
 
         convert.quantize_layer = second
-    for name, (recipe, settings) in RUNS.items():
+    for name, (recipe, settings) in (RUNS | ABOUT).items():
         with suppress(SystemExit):  # of those that help
             latmix.quantize(model, folder / name, recipe, seed=0, settings=settings)
 

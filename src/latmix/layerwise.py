@@ -2,6 +2,7 @@
 
 Every layer is taught by itself on the unquantized model's activations, so that layers do not wait for one another's
 errors and only one of them is differentiated at a time. What is learned are the maps that belong to the layer alone.
+Ranks share the windows of a batch.
 Given up: targets downstream of the layer, and maps of the residual stream, which no layer owns.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from latmix import ranks
 from latmix.errors import DivergedError, InputError
 from latmix.model.attach import Attached
 from latmix.model.calibrate import Arguments, Stream
@@ -35,8 +37,13 @@ def learn_layers(
     """Learn the attached maps of each layer in place.
 
     Cost: epochs · windows forwards and backwards of each layer, and its outputs for all windows in memory, twice.
-    Raises: LatmixError: the stream has a map, a layer none, or the error is not finite.
+    Raises: LatmixError: the stream has a map, a layer none, the error is not finite, or batches do not divide over the
+        processes.
     """
+    if wish.batch % ranks.world() or len(windows) % ranks.world():
+        raise InputError(
+            f"{len(windows)} windows in batches of {wish.batch} cannot be shared out over {ranks.world()} processes."
+        )
     if any(attached.maps.folded(site.name, 0) is not None for site in attached.arch.sites if site.stream):
         raise InputError("Layer-wise learning compares layers on the model's own stream; remove the stream's map.")
     stream = Stream(teacher, attached.arch, windows)
@@ -79,14 +86,15 @@ def _learn_layer(
         for picked in torch.randperm(len(entering), generator=generator).split(wish.batch):
             for group in optimizer.param_groups:
                 group["lr"] = wish.lr * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-            picked, step = picked.to(entering.device), step + 1
+            own, step = ranks.own(picked).to(entering.device), step + 1
             with evaluated_once(maps):
-                out = student(entering[picked], **arguments)
-                loss = F.mse_loss(out[0] if isinstance(out, tuple) else out, leaving[picked]) / unit
+                out = student(entering[own], **arguments)
+                loss = F.mse_loss(out[0] if isinstance(out, tuple) else out, leaving[own]) / unit
                 loss.backward()
+            ranks.average(parameter.grad for parameter in parameters if parameter.grad is not None)
             optimizer.step()
             optimizer.zero_grad()
-            total += float(loss.detach()) * len(picked)
+            total += float(ranks.gathered(loss.detach()[None], ranks.world()).mean()) * len(picked)
         if not math.isfinite(total):
             raise DivergedError("Layer-wise learning diverged; choose a smaller layerwise.lr.")
     return total / len(entering)

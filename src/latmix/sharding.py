@@ -1,8 +1,8 @@
-"""A model in parts (FSDP2): a rank holds its rows of every parameter of a layer, and the layer whole only while it
-computes with it.
+"""A model in parts (FSDP2): a rank holds its rows of every parameter of a layer, of the embedding and of the head, and
+each of these whole only while it computes with it.
 
 What does not learn and what does are sharded alike; a sharded parameter is a `DTensor`, and so is its gradient, which
-is the mean over the ranks already. Given up: sharding of embedding and head, which every rank holds whole.
+is the mean over the ranks already. Given up: products by a rank's own rows of the head, which would need no whole one.
 """
 
 from collections.abc import Iterable
@@ -18,20 +18,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from latmix import ranks
 
 
-def shard(layer: nn.Module, offload: bool = False) -> None:
-    """Spread a layer over the ranks, in place: a share of the rows of every parameter for each (`part`).
+def shard(module: nn.Module, offload: bool = False) -> None:
+    """Spread a layer, or a table, over the ranks, in place: a share of the rows of every parameter for each (`part`).
 
-    offload: what it holds waits in the CPU's memory, and comes to the GPU while the layer computes; for one rank, too.
+    offload: what it holds waits in the CPU's memory, and comes to the GPU while the module computes; for one rank, too.
     """
     if offload and not dist.is_initialized():
         dist.init_process_group(ranks.backend(), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if offload or ranks.world() > 1:
         policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
-        fully_shard(layer, mesh=_mesh(layer), offload_policy=policy)
+        # whatever runs it: the head stands in no module that fetches it ahead, and is not to stay whole for that
+        fully_shard(module, mesh=_mesh(module), offload_policy=policy, reshard_after_forward=True)
 
 
 def join_layers(body: nn.Module) -> None:
-    """Of the module that runs sharded layers, which then fetch one another ahead."""
+    """Of the module that runs the sharded embedding and layers, which then fetch one another ahead."""
     if is_sharded(body):
         apart = {parameter for parameter in body.parameters() if not isinstance(parameter, DTensor)}
         fully_shard(body, mesh=_mesh(body), ignored_params=apart)
@@ -41,8 +42,14 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def computes_on(module: nn.Module) -> torch.device:
+    """Where its inputs belong, wherever its parameters wait."""
+    parameter = next(module.parameters())
+    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
+
+
 def _mesh(module: nn.Module) -> DeviceMesh:
-    return init_device_mesh(next(module.parameters()).device.type, (ranks.world(),))
+    return init_device_mesh(computes_on(module).type, (ranks.world(),))
 
 
 def part(tensor: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "share ..."]:

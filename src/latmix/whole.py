@@ -24,7 +24,7 @@ from latmix.model import checkpoint
 from latmix.model.attach import attach
 from latmix.model.fit import fit_maps
 from latmix.model.fold import absorb_layer, fold_layer
-from latmix.model.free import KEEPING, MOVING, Filled, Free, free
+from latmix.model.free import Filled, Free, free, numbers_held
 from latmix.model.inputs import quantize_inputs
 from latmix.model.parts import layers, linear
 from latmix.model.spread import head_of, spread, too_large
@@ -85,7 +85,7 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
     if not ranks.agreed((space.folder / checkpoint.HEAD).exists()):
         student, stored = source.skeleton(), _stored(task, space.work)
         stored.fill_tables(student, arch)
-        offload = too_large(source, share * (MOVING + tuning.average if tuning.codes else KEEPING))
+        offload = too_large(source, *(share * numbers for numbers in numbers_held(tuning)))
         parts = free(student, arch, _filling(task, student, stored, tuning), tuning, progress, offload)
         quantize_inputs(student, arch, task.maps, task.activations)
         with _curve(space, TUNING) as record:
@@ -93,7 +93,7 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
             tune(student, parts, _teacher(task, space, progress), task.taught, task.held_out, *arguments)
         _write(task, student, parts, stored, space.folder, progress)
         del student, parts
-    model, shard = source.skeleton(), partial(sharding.shard, offload=too_large(source, 2 * share))
+    model, shard = source.skeleton(), partial(sharding.shard, offload=too_large(source, 2 * share, 2 * share))
     checkpoint.assemble(model, arch, _stored(task, space.folder), progress, shard)
     sharding.join_layers(model.base_model)
     quantize_inputs(model, arch, task.maps, task.activations)
@@ -153,8 +153,7 @@ def _write(
             codes |= {name: stored.quantized(f"{path}.{name}", linear(layer, name).in_features) for name in rest}
             checkpoint.write_layer(folder / checkpoint.layer_file(index), path, kept, checkpoint.packed(codes), {})
         progress.advance()
-    if ranks.first():
-        checkpoint.write_tables(student, arch, folder)
+    checkpoint.write_tables(student, arch, folder)
     ranks.wait()
 
 

@@ -19,7 +19,7 @@ import transformers
 
 from latmix.eval.heldout import LOGITS
 from latmix.model.calibrate import BATCH
-from latmix.model.free import KEEPING, MOVING
+from latmix.model.free import numbers_held
 from latmix.model.tensors import PIECE
 from latmix.recipe import Distillation, Layerwise, Recipe, Tuning
 from latmix.registry import parse_spec
@@ -148,12 +148,11 @@ def _layerwise(s: Sizes, recipe: Recipe, stage: Layerwise) -> tuple[int, int]:
 
 
 def _tuned(s: Sizes, tuning: Tuning) -> tuple[int, int]:
-    """Numbers of the student: its linears and tables, of what learns with best value, Adam's moments and perhaps their
-    average; and the gradients."""
-    tables = sum(part in tuning.kept for part in ("embedding", "head"))
-    linears = MOVING - 1 + tuning.average if tuning.codes else KEEPING
-    held = linears * s.linears + (2 + (3 + tuning.average) * tables) * s.table
-    return held, tuning.codes * s.linears + tables * s.table
+    """Numbers of the student but for the gradients; and those."""
+    linears, tables = numbers_held(tuning)
+    learning = sum(part in tuning.kept for part in ("embedding", "head"))
+    gradients = tuning.codes * s.linears + learning * s.table
+    return int(linears * s.linears + 2 * tables * s.table) - gradients, gradients
 
 
 def resident() -> int:

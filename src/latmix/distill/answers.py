@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latmix import ranks
+from latmix import ranks, sharding
 from latmix.distill.teacher import Teacher
 from latmix.errors import FailedError, WriteError
 from latmix.growing import growing
@@ -73,7 +73,7 @@ class Answers:
     @torch.no_grad()
     def logits(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch window vocabulary"]:
         """Of these windows, on the model's device, in float32 or wider."""
-        device = self._head.weight.device
+        device = sharding.computes_on(self._head)
         with computing(device, self.compute):
             return _wide(self._head(self._hidden[rows].to(device)))
 
@@ -90,11 +90,12 @@ def _ask(
     if begin >= len(windows):
         return
     model, step = teacher.model, BATCH * ranks.world()
+    device = sharding.computes_on(model)
     batches = torch.arange(begin, len(windows)).split(step)
     progress.stage("ask the teacher", begin // step + len(batches), begin // step)
     for rows in batches:
-        with computing(model.device, compute):
-            found = model.base_model(windows[ranks.own(rows)].to(model.device), use_cache=False).last_hidden_state
+        with computing(device, compute):
+            found = model.base_model(windows[ranks.own(rows)].to(device), use_cache=False).last_hidden_state
         hidden = ranks.gathered(found, len(rows))
         if not (finite := hidden.isfinite().flatten(1).all(1)).all():
             first = int(rows[~finite.cpu()][0])
@@ -144,8 +145,9 @@ def logits_of(
     model: PreTrainedModel, ids: Int[Tensor, "batch window"], compute: str
 ) -> Float[Tensor, "batch window vocabulary"]:
     """In float32 or wider, on the model's device."""
-    with computing(model.device, compute):
-        return _wide(model(ids.to(model.device), use_cache=False).logits)
+    device = sharding.computes_on(model)
+    with computing(device, compute):
+        return _wide(model(ids.to(device), use_cache=False).logits)
 
 
 def computing(device: torch.device, compute: str) -> torch.autocast:

@@ -96,7 +96,9 @@ class _Stage:
     def _losses(self, own: Int[Tensor, "parts rows"]) -> Float[Tensor, " all_parts"]:
         """The loss of each part of this rank's rows, then the next rank's; gradients accumulate."""
         losses = [accumulate(self.student, self.answers, self.windows, rows, self.schedule) for rows in own]
-        return ranks.gathered(torch.tensor(losses, device=self.student.model.device), len(own) * ranks.world())
+        return ranks.gathered(
+            torch.tensor(losses, device=sharding.computes_on(self.student.model)), len(own) * ranks.world()
+        )
 
 
 def distill(

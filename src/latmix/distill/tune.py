@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from latmix import sharding
 from latmix.distill.loop import distill
 from latmix.distill.snapshot import Step
 from latmix.distill.student import Student
@@ -63,4 +64,4 @@ def _size(part: Tensor) -> float:
     A step of Adam has the size of its rate, whatever the gradient: the head of a large model, whose entries are near
     0.02, would lose in a step of 0.002 a tenth of what it knows.
     """
-    return float(part.detach().square().mean().sqrt()) if part.dim() == 2 else 1.0
+    return float(sharding.whole(part.detach()).square().mean().sqrt()) if part.dim() == 2 else 1.0

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from latmix.distill import divergence
 from latmix.eval.kept import Kept
 from latmix.progress import Progress
+from latmix.sharding import computes_on
 
 RESAMPLES, COVERAGE = 1000, 0.95
 BATCH = 8  # windows in one forward
@@ -60,7 +61,7 @@ def score(
     kept: Kept | None = None,
 ) -> Scores:
     """Cost: one forward of the model, and of the reference, per window, but for what is `kept` already."""
-    scoring, batches, progress = Scoring(windows), windows.to(model.device).split(batch), progress or Progress()
+    scoring, batches, progress = Scoring(windows), windows.to(computes_on(model)).split(batch), progress or Progress()
     known = kept.known if kept else ()
     for found in known:
         scoring.put(found)

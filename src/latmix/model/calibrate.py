@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latmix import ranks
+from latmix import ranks, sharding
 from latmix.archs import Arch, Input
 from latmix.model.parts import layers, linear
 
@@ -112,7 +112,7 @@ class Stream:
         self.layers = layers(model, arch)
         self.arguments = layer_arguments(model, arch, windows.shape[1])
         embed = model.get_submodule(arch.embedding)
-        self.hidden = [embed(batch.to(model.device)) for batch in windows.split(BATCH)]
+        self.hidden = [embed(batch.to(sharding.computes_on(model))) for batch in windows.split(BATCH)]
 
     def hessian(self, index: int, spot: Input) -> Float[Tensor, "n n"]:
         return moments(self.layers[index], self.arguments[index], self.hidden, spot).hessian

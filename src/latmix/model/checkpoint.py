@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latmix import ranks, sharding
 from latmix.archs import Arch
 from latmix.errors import DamagedError, WriteError
 from latmix.model.attach import plain_linear
@@ -105,12 +106,14 @@ def write_layer(
 
 
 def write_tables(model: PreTrainedModel, arch: Arch, folder: Path) -> None:
-    """Embedding, final norm and head, from the model's memory."""
+    """Embedding, final norm and head, each put together from all ranks, which all call this; the first writes."""
     kept = {EMBEDDING: (arch.embedding,), HEAD: (arch.final_norm, arch.head)}
     for file, paths in kept.items():
         owners = {path: model.get_submodule(path) for path in paths}
-        found = {f"{path}.{name}": _kept(p) for path, owner in owners.items() for name, p in owner.named_parameters()}
-        write(folder / file, found, {})
+        every = {f"{path}.{name}": p.detach() for path, owner in owners.items() for name, p in owner.named_parameters()}
+        found = {name: _kept(sharding.whole(parameter)) for name, parameter in every.items()}
+        if ranks.first():
+            write(folder / file, found, {})
 
 
 def _kept(tensor: Tensor) -> Tensor | Rows:
@@ -227,15 +230,18 @@ def assemble(
     arch: Arch,
     stored: Stored,
     progress: Progress,
-    each: Callable[[nn.Module], None] = lambda layer: None,
+    each: Callable[[nn.Module], None] = lambda part: None,
 ) -> None:
-    """Fill a skeleton, in place. each: what becomes of every layer once it is filled. progress: told of every layer.
+    """Fill a skeleton, in place. each: what becomes of embedding, head and every layer once they are filled.
+    progress: told of every layer.
 
     Raises: DamagedError: a tensor is missing, left over or of another shape.
     """
     every = layers(model, arch)
     progress.stage("load", len(every))
     stored.fill_tables(model, arch)
+    for path in (arch.embedding, arch.head):
+        each(model.get_submodule(path))
     for index, layer in enumerate(every):
         stored.fill_layer(layer, arch, f"{arch.layers}.{index}")
         each(layer)

@@ -3,7 +3,8 @@
 Biases, norm gains, embedding and head are stored in bfloat16 and cost nothing to change. Codes and scales are free in
 another sense: GPTQ chose each to serve its own layer, and a neighbour may serve the model better (`model.latent`).
 `free` makes the chosen parts of a quantized model learnable, in place, layer by layer: where there are several ranks,
-each layer is sharded over them with all that learns in it, and no rank ever holds another whole one.
+each layer, the embedding and the head are sharded over them with all that learns in it, and no rank ever holds another
+whole layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,9 +26,16 @@ from latmix.recipe import Tuning
 KEPT = ("gains", "embedding", "head")
 """Parts that keep their full precision, by the word in a recipe."""
 
-MOVING, KEEPING = 7, 1
-"""Numbers held for each weight of a layer between steps: with codes that are free a latent, its gradient, its best
-value, Adam's moments and two limits, an average aside; without, the weight."""
+LEARNING, LIMITS = 5, 2
+"""Numbers held between steps for each weight that learns: its value, gradient, best value and Adam's moments, an
+average aside; and what more for a latent."""
+
+
+def numbers_held(tuning: Tuning) -> tuple[int, float]:
+    """Numbers held between steps for each weight of a layer, and of embedding and head on average."""
+    tables, learning = sum(part in tuning.kept for part in ("embedding", "head")), LEARNING + tuning.average
+    return learning + LIMITS if tuning.codes else 1, 1 + (learning - 1) * tables / 2
+
 
 Filled = tuple[Mapping[str, Quantized], Mapping[str, Tensor]]
 """Of a layer, by linear: codes, and what they were rounded from."""
@@ -83,7 +91,7 @@ def free(
 
     fill: puts the weights of the layer of that number into the model; the rest is there.
     progress: told of every layer.
-    offload: what the layers learn, with gradients and Adam's moments, waits in the CPU's memory (`sharding.shard`).
+    offload: what they hold and learn, with gradients and Adam's moments, waits in the CPU's memory (`sharding.shard`).
 
     Raises: LatmixError: an unknown part or input; lists the known.
     """
@@ -92,6 +100,8 @@ def free(
     owners = {"embedding": (arch.embedding,), "head": (arch.head,), "gains": (arch.final_norm,)}
     kept = [name for part in tuning.kept for path in owners[part] for name in _thaw_all(model, path)]
     norms = [spot.norm for spot in arch.inputs if spot.norm is not None] if "gains" in tuning.kept else []
+    for path in (arch.embedding, arch.head):
+        sharding.shard(model.get_submodule(path), offload)
     readers = [reader for name in tuning.biases for reader in arch.input(name).readers]
     movable: list[str] = []
     every = layers(model, arch)

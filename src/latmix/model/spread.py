@@ -1,8 +1,8 @@
 """A whole model for what couples all layers, without ever being whole in one place.
 
 Layer by layer is read, its norm gains absorbed, and, where there are several ranks, sharded over them before the next
-is read. So a rank holds its part of all layers, one layer whole for a moment, and embedding and head. Where a GPU has
-no room for that, the layers wait in the CPU's memory (FSDP2's offloading), and one at a time comes to the GPU.
+is read; so are embedding and head. A rank holds its part of all of them, and one whole for a moment. Where a GPU has no
+room for that, they wait in the CPU's memory (FSDP2's offloading), and one at a time comes to the GPU.
 """
 
 import math
@@ -19,16 +19,17 @@ from latmix.progress import Progress
 from latmix.sharding import join_layers, shard
 
 ROOM = 0.4
-"""Share of a GPU's free memory that the layers of teacher and student may take; the rest is for activations."""
+"""Share of a GPU's free memory that teacher and student may take; the rest is for activations."""
 
 
 def spread(source: Source, progress: Progress) -> PreTrainedModel:
     """Frozen, in float32, its gains absorbed and its head untied. Raises: DamagedError: a tensor cannot be read."""
     model, arch = source.skeleton(), source.arch
-    for path in (arch.embedding, arch.final_norm, arch.head):
-        source.fill(model.get_submodule(path), path)
-    absorb_head(model, arch)
-    offload = too_large(source, 1.0 if ranks.world() == 1 else 2 / ranks.world())
+    offload = _offload(source)
+    embedding = model.get_submodule(arch.embedding)
+    source.fill(embedding, arch.embedding)
+    shard(embedding, offload)
+    _fill_head(source, model, offload)
     progress.stage("load", source.layers)
     for index, layer in enumerate(layers(model, arch)):
         source.fill(layer, f"{arch.layers}.{index}")
@@ -41,17 +42,29 @@ def spread(source: Source, progress: Progress) -> PreTrainedModel:
 
 def head_of(source: Source) -> nn.Linear:
     """The head alone of the model that `spread` makes. Raises: DamagedError: a tensor cannot be read."""
-    model, arch = source.skeleton(), source.arch
-    for path in (arch.final_norm, arch.head):
+    model = source.skeleton()
+    _fill_head(source, model, _offload(source))
+    return linear(model, source.arch.head)
+
+
+def _fill_head(source: Source, model: PreTrainedModel, offload: bool) -> None:
+    for path in (source.arch.final_norm, source.arch.head):
         source.fill(model.get_submodule(path), path)
-    absorb_head(model, arch)
-    return linear(model, arch.head)
+    absorb_head(model, source.arch)
+    shard(linear(model, source.arch.head), offload)
 
 
-def too_large(source: Source, numbers: float) -> bool:
-    """Whether a GPU has no room for so many float32 numbers for each weight of the layers: 1 where teacher and student
-    share theirs, 2 over the ranks where each has its own."""
+def _offload(source: Source) -> bool:
+    """In one process teacher and student share their weights, of several each has its own."""
+    numbers = 1.0 if ranks.world() == 1 else 2 / ranks.world()
+    return too_large(source, numbers, numbers)
+
+
+def too_large(source: Source, layers: float, tables: float) -> bool:
+    """Whether a GPU has no room for so many float32 numbers for each weight of the layers, of embedding and head."""
     if not torch.cuda.is_available():
         return False
-    layers = (math.prod(x.shape) for name, x in source.tensors.stored.items() if name.startswith(source.arch.layers))
-    return bool(4 * sum(layers) * numbers > ROOM * torch.cuda.mem_get_info()[0])
+    stored, arch = source.tensors.stored, source.arch
+    inner = sum(math.prod(x.shape) for name, x in stored.items() if name.startswith(arch.layers))
+    outer = 2 * math.prod(stored[f"{arch.embedding}.weight"].shape)
+    return bool(4 * (layers * inner + tables * outer) > ROOM * torch.cuda.mem_get_info()[0])
