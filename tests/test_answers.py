@@ -17,7 +17,7 @@ from latmix.distill import Answers, Teacher
 from latmix.errors import FailedError, WriteError
 from tests.models import known, tiny
 from tests.test_pipeline import save_tiny
-from tests.test_progress import Told
+from tests.test_progress import Told, of
 from tests.test_resume import SETTINGS, Killed, content
 from tests.texts import CALIBRATION
 
@@ -162,15 +162,11 @@ class Stop(Told):
             raise Killed
 
 
-def quantize(model: Path, out: Path, progress: Told) -> list[list[object]]:
+def quantize(model: Path, out: Path, progress: Told) -> Told:
     """Learning, then tuning, on the same windows; what was told, of each stage."""
     settings = SETTINGS["latmix-plus"] | {f"{stage}.evaluate_every": "1" for stage in ("learning", "tuning")}
     latmix.quantize(model, out, "latmix-plus", CALIBRATION, 0, settings, progress)
-    return progress.heard
-
-
-def of(stage: str, heard: list[list[object]]) -> list[list[object]]:
-    return [units for name, *units in heard if name == stage]
+    return progress
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +188,7 @@ def test_a_run_killed_in_every_stage_asks_once(model: Path, whole: Path, tmp_pat
     for stage in ("ask the teacher", "learning", "quantize", "tuning"):
         with pytest.raises(Killed):
             quantize(model, out, told := Stop(stage, 1))
-        asked += of("ask the teacher", told.heard)
+        asked += of("ask the teacher", told)
     heard = quantize(model, out, Told())
     assert asked == [[1, 0, 1], [1, 0, 1]] and not of("ask the teacher", heard)
     assert len(of("load", heard)) == 2  # to measure

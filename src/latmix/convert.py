@@ -172,10 +172,8 @@ class Conversion:
             scale = None
             if task.weights.scale_element != "e8m0":
                 whole = {name: torch.cat(list(folded)) for name, folded in pieces.items()}
-                scale, pieces = (
-                    shared_scale(list(whole.values()), task.weights),
-                    {k: iter([v]) for k, v in whole.items()},
-                )
+                scale = shared_scale(list(whole.values()), task.weights)
+                pieces = {name: iter([weight]) for name, weight in whole.items()}
             for name, folded in pieces.items():
                 packing = checkpoint.Packing(linear(layer, name).weight.shape, task.weights)
                 for piece in folded:
