@@ -9,7 +9,7 @@ and GPTQ on 8 windows of 128 tokens, and measured on 8 more.
 Reported, as a table of docs/results/scaling.md: the largest resident memory that the kernel saw (VmHWM: with the pages
 of mapped files, which are the checkpoint's own and can be dropped), the largest anonymous part of it (sampled every
 20 ms: what really has to be there), seconds by the clock and of the processor, seconds by stage (what is in none is
-checksums, of the original and of what was written, and preparation), and the exponents p of cost ∝ size^p. The limit
+checksums of the original, and preparation), and the exponents p of cost ∝ size^p. The limit
 beside it is the time in which the same process reads the bytes of the checkpoint once and copies them.
 """
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import latmix
 from latmix import convert
 from latmix.archs import ARCHS
 from latmix.convert import Conversion, Task
-from latmix.errors import FailedError, InputError
-from latmix.model import calibrate, fold_linear, maps, states, tensors
+from latmix.errors import FailedError, InputError, WriteError
+from latmix.model import calibrate, checkpoint, fold_linear, maps, products, states, tensors
 from latmix.model.calibrate import Moments
 from latmix.model.fold import absorb_layer
 from latmix.model.maps import build_maps, reports
@@ -24,6 +25,7 @@ from latmix.model.quantize import quantize_layer
 from latmix.model.source import open_source
 from latmix.numerics import parse_format
 from latmix.progress import Progress
+from latmix.rundir import behind
 from latmix.stages import Stages
 from latmix.transforms import Transform
 from latmix.transforms.hadamard import Hadamard
@@ -100,6 +102,51 @@ def test_where_no_activation_is_computed_some_rows_are_in_memory(
     run = quantize(model, tmp_path / "pieces", "block-hadamard", **alone)
     assert seen == rows
     assert shards(run.path) == shards(together.path)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_layer_that_cannot_be_written_is_an_error(
+    index: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the next one is at work by then; what was written before it stays."""
+    alone = {"quantizer": "rtn", "calibration.held_out": "0"}
+    whole, write, out = quantize(model, tmp_path / "whole", **alone), checkpoint.write_layer, tmp_path / "run"
+
+    def full(file: Path, *rest: object) -> None:
+        if file.name == checkpoint.layer_file(index):
+            raise WriteError("No space left.")
+        write(file, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as context, pytest.raises(WriteError, match=r"No space left\."):
+        context.setattr(checkpoint, "write_layer", full)
+        quantize(model, out, **alone)
+    left = [file.name for file in (tmp_path / "run.partial").glob("quantized-layer-*")]
+    assert left == [checkpoint.layer_file(earlier) for earlier in range(index)]
+    assert shards(quantize(model, out, **alone).path) == shards(whole.path)
+
+
+def test_what_is_done_behind_is_done_one_thing_at_a_time() -> None:
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        time.sleep(0.02)
+        done.append(number)
+
+    with behind() as hand_over:
+        for number in range(4):
+            hand_over(lambda number=number: work(number))  # type: ignore[misc]
+            assert len(done) >= number
+    assert done == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("shape", [(1, 8192), (37, 251), (16, 512)])
+def test_products_in_cpp_are_those_of_torch(shape: tuple[int, int]) -> None:
+    weight, x = torch.randn(shape), torch.randn(shape[1], products.VECTORS, dtype=torch.float64).T
+    wanted = torch.nn.functional.linear(x, weight.double())
+    for found in (products._native(weight, x), products._reference(weight, x), products.products(weight, x)):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    columns = weight.T.contiguous().T
+    torch.testing.assert_close(products.products(columns, x), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_a_wrong_fold_is_found_before_anything_is_written(

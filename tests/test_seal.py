@@ -1,5 +1,6 @@
 """Folders under checksum: what is listed, what is noticed, and that a file written anew leaves no moment unsealed."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from latmix import rundir
 from latmix.errors import DamagedError
-from latmix.rundir import JOURNAL, SUMS, write_json
+from latmix.rundir import JOURNAL, SUMS, digests, write_json
 from latmix.seal import check, listed, read_noted, rewrite, seal
 
 
@@ -78,3 +79,43 @@ def test_results_below_a_folder_with_a_journal_are_checked(tmp_path: Path) -> No
     with pytest.raises(DamagedError, match=r"one.json' is not what was written there; remove it"):
         read_noted(tmp_path, file)
     assert SUMS not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_was_damaged_since_it_was_written_is_not_sealed_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).touch()
+    write_json(tmp_path / "one.json", 1)
+    seal(tmp_path)
+    check(tmp_path)
+    assert set(listed(tmp_path)) == {"one.json"}
+    (tmp_path / "one.json").write_text("2\n")
+    seal(tmp_path)
+    with pytest.raises(DamagedError, match=r"one.json' is damaged"):
+        check(tmp_path)
+
+
+def test_of_what_was_written_twice_that_is_sealed_which_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / JOURNAL).touch()
+    write_json(tmp_path / "one.json", 1)
+
+    def killed(old: Path, new: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as context, pytest.raises(Killed):
+        context.setattr(rundir.os, "replace", killed)
+        write_json(tmp_path / "one.json", 2)
+    for left in tmp_path.glob(".*.tmp"):
+        left.unlink()
+    seal(tmp_path)
+    check(tmp_path)
+
+
+def test_checksums_of_several_files_at_a_time(folder: Path) -> None:
+    for number in range(20):
+        (folder / str(number)).write_bytes(os.urandom(3000 * number))
+    files = sorted(file for file in folder.iterdir())
+    assert digests(files, threads=3) == {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (folder / "7").unlink()
+    with pytest.raises(FileNotFoundError):
+        digests(files, threads=3)

@@ -13,7 +13,7 @@ out the folding of a layer that computes, which every rank does.
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from latmix.model.taught import Taught
 from latmix.model.tensors import Tensors, metadata
 from latmix.numerics import BlockFormat
 from latmix.progress import Progress
+from latmix.rundir import behind
 from latmix.stages import Stages
 from latmix.transforms import evaluated_once
 from latmix.weights import WeightQuantizer
@@ -86,13 +87,14 @@ class Conversion:
             mine = left if self._computes else ranks.mine(left)
             done = len(self.layers) - len(left)
             progress.stage("quantize", done + len(mine), done)
-            for index in mine:
-                with evaluated_once(self.maps.of_layer(index)), evaluated_once(self.wide.of_layer(index)):
-                    self._layer(index) if self._computes else self._linears(index)
-                self.held_out.drop(index)
-                self.taught.drop(index)
-                self.stages.save()
-                progress.advance(f"layer {index}")
+            with behind() as write:
+                for index in mine:
+                    with evaluated_once(self.maps.of_layer(index)), evaluated_once(self.wide.of_layer(index)):
+                        self._layer(index) if self._computes else self._linears(index, write)
+                    self.held_out.drop(index)
+                    self.taught.drop(index)
+                    self.stages.save()
+                    progress.advance(f"layer {index}")
             ranks.wait()
 
     def _tables(self, progress: Progress) -> None:
@@ -161,8 +163,9 @@ class Conversion:
                 checkpoint.write_layer(self.shards / layer_file(index), path, layer.state_dict(), stored, words)
         empty(layer)
 
-    def _linears(self, index: int) -> None:
-        """A layer that computes nothing: some rows of a linear in memory, or the linears that share a tensor scale."""
+    def _linears(self, index: int, write: Callable[[Callable[[], None]], None]) -> None:
+        """A layer that computes nothing: some rows of a linear in memory, or the linears that share a tensor scale; and
+        the codes of the layer before, while they are written."""
         task, layer, path, stage = self.task, self.layers[index], f"{self.arch.layers}.{index}", self.stages.stage
         stored: dict[str, Tensor] = {}
         with stage("load"):
@@ -186,7 +189,8 @@ class Conversion:
             reset_gains(layer, self.arch)
             fold_norms(layer, self.arch, self.wide, index)
         with stage("save"):
-            checkpoint.write_layer(self.shards / layer_file(index), path, layer.state_dict(), stored, {})
+            file, kept = self.shards / layer_file(index), layer.state_dict()
+            write(lambda: checkpoint.write_layer(file, path, kept, stored, {}))
         empty(layer)
 
     def _folded(self, index: int, spot: Input, name: str) -> Iterator[Tensor]:

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -79,6 +81,23 @@ def written(path: Path) -> Iterator[Path]:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise WriteError(f"Cannot write '{path}': {error.strerror or error}.") from error
+
+
+@contextmanager
+def behind() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Within, what is handed over is done in a thread of its own while the caller goes on. Handing over waits for what
+    was handed over before, and raises what that raised, and so does the end of the block."""
+    with ThreadPoolExecutor(1) as pool:
+        last: Future[None] | None = None
+
+        def hand_over(work: Callable[[], None]) -> None:
+            nonlocal last
+            if last is not None:
+                last.result()
+            last = pool.submit(work)
+
+        yield hand_over
+        hand_over(lambda: None)
 
 
 def _sweep(path: Path) -> None:
@@ -170,12 +189,21 @@ def digest(path: Path, read: Callable[[], object] = lambda: None) -> str:
     return found.hexdigest()
 
 
-def digests(files: Collection[Path], progress: Progress | None = None, stage: str = "") -> dict[Path, str]:
-    """SHA-256 of files. progress: told of every MiB, in a stage of that name."""
-    progress = progress or Progress()
+def digests(
+    files: Collection[Path], progress: Progress | None = None, stage: str = "", threads: int = 1
+) -> dict[Path, str]:
+    """SHA-256 of files, of as many at a time as there are threads. progress: told of every MiB, in a stage of that
+    name."""
+    progress, told = progress or Progress(), threading.Lock()
     if files:
         progress.stage(f"{stage}, MiB", sum(-(-file.stat().st_size // READ) for file in files))
-    return {file: digest(file, progress.advance) for file in files}
+
+    def read() -> None:
+        with told:
+            progress.advance()
+
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(files, pool.map(lambda file: digest(file, read), files), strict=True))
 
 
 def is_run(path: Path) -> bool:

@@ -7,6 +7,7 @@ ends, its line is there. Both guard against accidents: who changes a file on pur
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,17 +15,31 @@ from typing import Any
 
 from latmix.errors import DamagedError
 from latmix.progress import Progress
-from latmix.rundir import JOURNAL, LOG, SUMS, digest, digests, read_json, write_text
+from latmix.rundir import JOURNAL, LOCK, LOG, SUMS, digest, digests, flush, read_json, write_text
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 
 def seal(folder: Path, progress: Progress | None = None) -> None:
-    """Cost: one pass over the files. Raises: WriteError: the file cannot be written."""
-    files = [file for file in folder.iterdir() if file.is_file() and file.name != SUMS]
-    sums = digests([file for file in files if file.name != LOG], progress, "seal")
+    """What the journal has one checksum of is taken at its word: it was written since, or compared when the folder was
+    opened (`compare_noted`). Cost: one pass over the other files.
+
+    Raises: WriteError: the file cannot be written.
+    """
+    files = [file for file in folder.iterdir() if file.is_file() and file.name not in (SUMS, JOURNAL, LOCK)]
+    sums = {folder / name: min(found) for name, found in noted(folder).items() if len(found) == 1}
+    sums |= digests([file for file in files if file not in sums and file.name != LOG], progress, "seal")
     sums |= {file: digest(file) for file in files if file.name == LOG}  # last: it takes what is told of the others
     write_text(folder / SUMS, "".join(f"{sums[file]}  {file.name}\n" for file in sorted(files)))
+
+
+def finish(folder: Path, out: Path, progress: Progress | None = None) -> None:
+    """A folder in the making becomes `out`, sealed. Raises: WriteError, OSError: it cannot."""
+    seal(folder, progress)
+    for name in (JOURNAL, LOCK):
+        (folder / name).unlink()
+    os.replace(folder, out)
+    flush(out.parent)
 
 
 def rewrite(file: Path, text: str) -> None:

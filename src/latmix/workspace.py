@@ -7,7 +7,6 @@ run, and file systems without flock.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,20 +24,20 @@ from latmix.rundir import (
     LOCK,
     LOG,
     RECIPE,
-    flush,
     locked,
     partial_of,
     read_json,
     write_json,
     write_text,
 )
-from latmix.seal import compare_noted, seal
+from latmix.seal import compare_noted, finish
 
 WORK = "work"
-ASK, LEARN, LAYERS, TUNE = "ask", "learn", "quantize", "tune"
+GENERATE, ASK, LEARN, LAYERS, TUNE = "generate", "ask", "learn", "quantize", "tune"
 
 BEGUN: Mapping[str, str] = MappingProxyType(
     {
+        GENERATE: "generated.*",
         ASK: "answers.*",
         LEARN: f"{LEARN}.snapshot*",
         LAYERS: "quantized-layer-*",
@@ -70,8 +69,8 @@ class Workspace:
 
     @property
     def work(self) -> Path:
-        """What only a run in the making needs: hidden states, the teacher's answers, snapshots, the layers before
-        tuning."""
+        """What only a run in the making needs: hidden states, the teacher's text and answers, snapshots, the layers
+        before tuning."""
         return self.folder / WORK
 
     def snapshot(self, stage: str) -> Path:
@@ -112,11 +111,7 @@ def workspace(
                 shutil.rmtree(space.folder, ignore_errors=True)
                 raise
             shutil.rmtree(space.work)
-            for name in (JOURNAL, LOCK):
-                (space.folder / name).unlink()
-            seal(space.folder, progress)
-            os.replace(space.folder, out)
-            flush(out.parent)
+            finish(space.folder, out, progress)
     except OSError as error:
         raise WriteError(f"Cannot write to '{space.folder}': {error.strerror or error}. {kept}") from error
 

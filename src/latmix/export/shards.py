@@ -6,7 +6,6 @@ the whole folder is sealed at the end (`latmix.seal`).
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from torch import Tensor
 from latmix.errors import InputError, WriteError
 from latmix.model.tensors import Rows, write
 from latmix.progress import Progress
-from latmix.rundir import JOURNAL, LOCK, LOG, SUMS, digest, flush, locked, partial_of, read_json, write_json
-from latmix.seal import compare_noted, seal
+from latmix.rundir import JOURNAL, LOCK, LOG, SUMS, digest, locked, partial_of, read_json, write_json
+from latmix.seal import compare_noted, finish
 
 SHARD = 2**31
 """Bytes in a shard, at most (a larger tensor has a shard of its own)."""
@@ -68,11 +67,7 @@ def filling(out: Path, plan: Any, progress: Progress | None = None) -> Iterator[
             partial_of(out)  # whoever had the lock may have finished
             _identify(partial, plan, progress)
             yield partial
-            for name in (JOURNAL, LOCK):
-                (partial / name).unlink()
-            seal(partial, progress)
-            os.replace(partial, out)
-            flush(out.parent)
+            finish(partial, out, progress)
     except OSError as error:
         raise WriteError(f"Cannot write to '{partial}': {error}. The same command goes on from there.") from error
 

@@ -8,10 +8,10 @@ vectors and not on weights.
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latmix.errors import FailedError
 from latmix.model.attach import moved
+from latmix.model.products import VECTORS, products
 from latmix.model.source import pick_device
 from latmix.model.tensors import PIECE, rows
 from latmix.transforms import Transform
@@ -20,8 +20,6 @@ from latmix.transforms.hadamard import Hadamard
 AGREEMENT = 2.0**-20
 """Largest relative error of a folded linear on random vectors. Casting to float32 makes 2⁻²⁵ on average, float64 with
 the worst condition number allowed (`maps.CONDITION`) 2⁻³³: a sixteenth of this at most."""
-
-PROBES = 8  # random vectors a folded linear is checked on
 
 
 class Folding:
@@ -35,9 +33,10 @@ class Folding:
         self, width: int, source: Transform | None, target: Transform | None, *, shifts: int, where: str
     ) -> None:
         self._source, self._target, self._shifts, self._where = source, target, shifts, where
-        probes = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self._probes = probes.to(pick_device())
-        self._before = self._probes if source is None else source.inverse(self._probes)
+        probes = torch.randn(VECTORS, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        probes = probes.to(pick_device())
+        before = probes if source is None else source.inverse(probes)
+        self._probes, self._before = (x.T.contiguous().T for x in (probes, before))
         self.together = 1 if target is None else target.order
 
     @torch.no_grad()
@@ -51,12 +50,12 @@ class Folding:
         Raises: FailedError: they are not what they have to be.
         """
         target = self._target and self._target.part(slice(at, at + len(weight)))
-        wanted = _products(weight, bias, self._before)
+        wanted = _outputs(weight, bias, self._before)
         if target is not None:
             wanted = target.linear(wanted) + (0.0 if target.shift is None else self._shifts * target.shift)
         wide = _move(weight, bias, self._source, target, self._shifts)
         bias = None if wide is None else wide.to(weight.dtype)
-        error = (_products(weight, bias, self._probes) - wanted).norm()
+        error = (_outputs(weight, bias, self._probes) - wanted).norm()
         error /= wanted.norm().clamp_min(torch.finfo(torch.float64).tiny)
         if not error <= AGREEMENT:  # NaN fails too
             raise FailedError(
@@ -122,11 +121,7 @@ def _move_columns(
     return moved_bias
 
 
-def _products(weight: Tensor, bias: Tensor | None, x: Float[Tensor, "probes n"]) -> Float[Tensor, "probes out"]:
+def _outputs(weight: Tensor, bias: Tensor | None, x: Float[Tensor, "probes n"]) -> Float[Tensor, "probes out"]:
     """What the linear makes of x, in float64."""
-    # one room for all: small results kept between large pieces would keep the C library from using their room again
-    out, at = x.new_empty(len(x), len(weight)), 0
-    for piece in rows(weight):
-        out[:, at : at + len(piece)] = F.linear(x, piece.double())
-        at += len(piece)
+    out = products(weight, x)
     return out if bias is None else out + bias.double()
