@@ -14,7 +14,7 @@ test: .venv/installed-dev
 	.venv/bin/ruff format --check src tests scripts benchmarks
 	.venv/bin/mypy
 	.venv/bin/lint-imports
-	.venv/bin/mkdocs build --strict --quiet --site-dir .venv/site
+	.venv/bin/mkdocs build --strict --site-dir .venv/site
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses auto --dist loadfile
 
 test-engines: .venv/installed-dev
