@@ -30,6 +30,7 @@ PLUS = find("latmix-plus")
 EVERYTHING = PLUS.tuning or Tuning()
 NOTHING = dataclasses.replace(EVERYTHING, kept=(), biases=(), codes=False)
 STARTS = {
+    "without text of its own": {"calibration": dataclasses.replace(PLUS.calibration, generated=0)},
     "without maps": {"folded": find("block-hadamard").folded, "learning": None},
     "with maps in LU form": {"folded": find("latmix-lu").folded},
     "with weights rounded to nearest": {"quantizer": "rtn"},

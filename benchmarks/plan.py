@@ -36,7 +36,7 @@ SHAPES = {  # family, hidden, intermediate, layers, vocabulary
     "90M": ("qwen2", 640, 1920, 5, 49152),
 }
 SMALL = {"calibration.windows": "8", "calibration.held_out": "4", "calibration.window": "256"}
-LEARN = {"learning.steps": "1", "learning.batch": "4"}
+LEARN = {"calibration.generated": "8", "learning.steps": "1", "learning.batch": "4"}
 LAYERS = {"layerwise.epochs": "1"}
 TUNE = {
     "tuning.steps": "3",
@@ -50,7 +50,11 @@ FITTED: list[tuple[str, str, dict[str, str]]] = [
     ("demo", "latmix-lu", {"calibration.windows": "64", "learning.steps": "2"}),
     ("24M", "latmix-lu", SMALL | LEARN),
     ("144M", "latmix-lu", {**SMALL, **LEARN, "calibration.window": "128"}),
-    ("demo", "latmix-plus", {"calibration.windows": "64", "learning.steps": "2", "tuning.steps": "2"}),
+    (
+        "demo",
+        "latmix-plus",
+        {"calibration.windows": "64", "calibration.generated": "64", "learning.steps": "2", "tuning.steps": "2"},
+    ),
     ("24M", "latmix-plus", SMALL | LEARN | TUNE),
     ("90M", "latmix-plus", SMALL | LEARN | TUNE),
     ("24M", "wush", SMALL),

@@ -23,7 +23,12 @@ from latmix.assets import DEMO_MODEL
 from latmix.model.load import load_tokenizer
 
 WINDOWS = {"calibration.windows": "64", "calibration.window": "256", "calibration.held_out": "8"}
-FEW = {"calibration.windows": "16", "calibration.window": "256", "calibration.held_out": "8"}
+FEW = {
+    "calibration.windows": "16",
+    "calibration.generated": "16",
+    "calibration.window": "256",
+    "calibration.held_out": "8",
+}
 STEPS = {"steps": "4", "batch": "8", "evaluate_every": "4"}
 RECIPES = {
     "gptq": WINDOWS,

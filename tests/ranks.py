@@ -1,9 +1,9 @@
 """What the processes of `test_ranks.py` run, on tiny models: `torchrun … tests/ranks.py FOLDER MODEL [DEATH]`.
 
 In FOLDER there are then, for learning with nothing rounded, learning as it is, tuning, and learning layer by layer, the
-curve (of the last none) and what was learned, and three runs: GPTQ and rounding to nearest without any activation, with
-bytes that do not depend on the number of processes, and one that is tuned. What is there already is not done again. At
-DEATH, a step of learning or "layer", the last rank kills itself.
+curve (of the last none) and what was learned, text that the model wrote, and three runs: GPTQ and rounding to nearest
+without any activation, with bytes that do not depend on the number of processes, and one that is tuned. What is there
+already is not done again. At DEATH, a step of learning or "layer", the last rank kills itself.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,7 +25,7 @@ from torch import Tensor
 import latmix
 from latmix import convert, ranks, sharding
 from latmix.archs import ARCHS
-from latmix.distill import Step, Teacher, learn, tune
+from latmix.distill import Step, Teacher, generate, generated, learn, tune
 from latmix.layerwise import learn_layers
 from latmix.model.attach import attach
 from latmix.model.checkpoint import share
@@ -96,6 +97,12 @@ def tuned(folder: Path, take: Take) -> dict[str, Tensor]:
     return codes | {name: sharding.whole(part.detach()) for name, part in parts.kept.items()}
 
 
+def text(folder: Path) -> dict[str, Tensor]:
+    """Nine batches that the model writes, the last one short: a rank has one to write that nobody needs."""
+    with patch.object(generate, "BATCH", 8):
+        return {"text": generated(in_parts(), WINDOWS[:8], 68, 0, "float32", folder)}
+
+
 def layered(take: Take) -> dict[str, Tensor]:
     """Maps that learned layer by layer, and what they were before."""
     model = sharded(teacher())
@@ -136,6 +143,7 @@ def all_parts(folder: Path, model: Path, death: str = "") -> None:
         noted(folder, name, lambda take: learned(folder, name, take), on_step if name == "rounded" else lambda _: None)  # noqa: B023
     noted(folder, "tuned", lambda take: tuned(folder, take), lambda _: None)
     noted(folder, "layered", layered, lambda _: None)
+    noted(folder, "text", lambda _: text(folder), lambda _: None)
     if death == "layer":
         left, original = [2], convert.quantize_layer
 

@@ -121,7 +121,7 @@ def test_another_question_or_another_model_is_asked_anew(
 def test_a_disk_without_room_is_an_error_and_what_found_room_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(WriteError, match="do not fit into .* No space left"):
+    with monkeypatch.context() as patch, pytest.raises(WriteError, match="does not fit into .* No space left"):
         patch.setattr(os, "fsync", full_after(4))
         Answers(Asked().teacher(), WINDOWS, tmp_path)
     second = Asked()
@@ -145,7 +145,7 @@ def test_answers_that_are_no_numbers_are_refused_by_the_window() -> None:
     model.get_submodule("model.embed_tokens").weight[7] = math.nan
     windows = torch.full((11, 8), 3)
     windows[9, 5] = 7
-    with pytest.raises(FailedError, match="calibration window 9"):
+    with pytest.raises(FailedError, match="window 9"):
         Answers(known(model), windows)
 
 
@@ -178,27 +178,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     heard = quantize(model, out, Told())
+    assert of("generate", heard) == [[1, 0, 1]]
     assert of("ask the teacher", heard) == [[1, 0, 1], [1, 0, 1]]  # the windows, and the held-out ones
     assert len(of("load", heard)) == 3  # to learn; the result and the original, to measure
     return out
 
 
 def test_a_run_killed_in_every_stage_asks_once(model: Path, whole: Path, tmp_path: Path) -> None:
-    out, asked = tmp_path / "run", []
-    for stage in ("ask the teacher", "learning", "quantize", "tuning"):
+    out, asked, written = tmp_path / "run", [], []
+    for stage in ("generate", "ask the teacher", "learning", "quantize", "tuning"):
         with pytest.raises(Killed):
             quantize(model, out, told := Stop(stage, 1))
         asked += of("ask the teacher", told)
+        written += of("generate", told)
     heard = quantize(model, out, Told())
     assert asked == [[1, 0, 1], [1, 0, 1]] and not of("ask the teacher", heard)
+    assert written == [[1, 0, 1]] and not of("generate", heard)
     assert len(of("load", heard)) == 2  # to measure
     assert content(out) == content(whole)
-    assert not list(out.rglob("*answers*"))
+    assert not list(out.rglob("*answers*")) and not list(out.rglob("*generated*"))
 
 
 def test_a_full_disk_leaves_the_run(model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(WriteError, match="No space left.* the same command goes on"):
-        patch.setattr("latmix.growing.os", SimpleNamespace(fsync=full_after(2)))
+        # the text and the answers to it have room, a file and a list each
+        patch.setattr("latmix.growing.os", SimpleNamespace(fsync=full_after(4)))
         quantize(model, tmp_path / "run", Told())
     assert len(of("ask the teacher", quantize(model, tmp_path / "run", Told()))) == 1
     assert content(tmp_path / "run") == content(whole)

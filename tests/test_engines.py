@@ -16,7 +16,7 @@ from tests.test_pipeline import save_tiny
 from tests.texts import CALIBRATION
 
 SMALL = {"calibration.windows": "8", "calibration.held_out": "2", "calibration.window": "128"}
-LEARNED = SMALL | {"learning.steps": "2", "learning.batch": "2"}
+LEARNED = SMALL | {"calibration.generated": "0", "learning.steps": "2", "learning.batch": "2"}
 TUNED = LEARNED | {"tuning.steps": "4", "tuning.batch": "2", "tuning.evaluate_every": "4", "tuning.codes": "false"}
 CT = {"target": "compressed-tensors"}
 NVFP4 = {"weights": "nvfp4", "activations": "nvfp4:tensor_scale=1"}

@@ -26,6 +26,7 @@ FAST = {
     "calibration.held_out": "2",
     "calibration.window": "32",
     "layerwise.epochs": "1",
+    "calibration.generated": "3",
     "learning.steps": "3",
     "learning.batch": "2",
     "tuning.steps": "3",

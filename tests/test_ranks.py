@@ -95,6 +95,11 @@ def test_two_tune_what_one_tunes(one: Path, two: Path) -> None:
             assert (actual[name] - tensor).abs().max() < 5e-4, name
 
 
+def test_two_write_what_one_writes(one: Path, two: Path) -> None:
+    expected, actual = (load_file(folder / "text.safetensors")["text"] for folder in (one, two))
+    assert torch.equal(actual, expected) and len(expected.unique(dim=0)) == 68
+
+
 def test_two_learn_layer_by_layer_what_one_learns(one: Path, two: Path) -> None:
     """The maps move by 2e-2. Rounding is in the loop: after 16 steps instead of six they differ by 2e-3."""
     expected, actual = (load_file(folder / "layered.safetensors") for folder in (one, two))

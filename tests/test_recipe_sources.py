@@ -21,7 +21,7 @@ from latmix.model.maps import Maps, build_maps
 from latmix.model.parts import layers
 from latmix.numerics import decode, fake_quant, parse_format
 from latmix.progress import Progress
-from latmix.recipe import Layerwise, Learning, Recipe, Tuning
+from latmix.recipe import Calibration, Layerwise, Learning, Recipe, Tuning
 from latmix.recipes import RECIPES, find
 from latmix.transforms import LU, QR, Affine, BlockRotation, Diagonal, Hadamard, Wush
 from latmix.transforms.wush import optimum
@@ -109,7 +109,8 @@ def test_latmix_learns_full_affine_maps_of_stream_and_values_on_kl(name: str, fo
 
 
 def test_latmix_plus_is_latmix_tuned() -> None:
-    assert find("latmix-plus") == dataclasses.replace(find("latmix-qr"), name="latmix-plus", tuning=Tuning())
+    longer = {"learning": Learning(steps=600), "tuning": Tuning(), "calibration": Calibration(generated=3840)}
+    assert find("latmix-plus") == dataclasses.replace(find("latmix-qr"), name="latmix-plus", **longer)
 
 
 def test_quarot_rotates_everything_at_random_and_rtn_differs_in_the_weights_alone(model) -> None:

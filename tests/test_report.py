@@ -62,6 +62,7 @@ def test_one_file_with_words_for_every_picture(runs: list[Path], tmp_path: Path)
         assert summary["calibration"]["sha256"] in page
         assert set(summary["errors"]) == {f"{spot}/{i}" for spot in ("qkv", "o", "gate_up", "down") for i in range(2)}
     assert "qkv/1" in page and "condition number" in page
+    assert page.count("; 3 that the model wrote itself, to learn from") == 1  # one of them learns
 
 
 def test_errors_of_a_run_without_maps_are_the_same_before_and_after(runs: list[Path]) -> None:

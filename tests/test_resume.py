@@ -32,7 +32,9 @@ PLAIN = {
     "calibration.window": "32",
     "online.qkv": "block-hadamard",
 }
-LEARNED = {f"{stage}.{key}": "2" for stage in ("learning", "tuning") for key in ("steps", "batch")}
+LEARNED = {"calibration.generated": "3"} | {
+    f"{stage}.{key}": "2" for stage in ("learning", "tuning") for key in ("steps", "batch")
+}
 SETTINGS = {"block-hadamard": PLAIN, "latmix-plus": PLAIN | LEARNED | {"quantizer": "gptaq"}}
 
 

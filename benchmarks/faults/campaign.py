@@ -26,7 +26,9 @@ from latmix.export.card import CARD  # says where it is; compared by itself
 from latmix.rundir import LOG, SUMMARY, SUMS
 
 CALIBRATED = {"calibration.windows": "4", "calibration.held_out": "2", "calibration.window": "32"}
-LEARNING = {f"learning.{key}": value for key, value in (("steps", "6"), ("batch", "2"), ("evaluate_every", "2"))}
+LEARNING = {"calibration.generated": "4"} | {
+    f"learning.{key}": value for key, value in (("steps", "6"), ("batch", "2"), ("evaluate_every", "2"))
+}
 TUNING = {f"tuning.{key}": value for key, value in (("steps", "6"), ("batch", "2"), ("evaluate_every", "2"))}
 RECIPES = {
     "latmix-plus": CALIBRATED | LEARNING | TUNING,  # it has every stage

@@ -80,8 +80,9 @@ def quantize(
     on with it is in `latmix.workspace.MAY_CHANGE`. The processes of `torchrun` work together (`latmix.ranks`): the
     first returns the run, for the others this call ends the program.
 
-    Raises: LatmixError: bad input, in one sentence, and nothing is left behind; or a failure in the middle, and what is
-        finished is kept for the next call.
+    Raises:
+        LatmixError: bad input, in one sentence, and nothing is left behind; or a failure in the middle, and what is
+            finished is kept for the next call.
     """
     partial_of(out := Path(out))
     recipe = override(recipes.find(recipe), settings or {})

@@ -31,6 +31,8 @@ class Calibration:
 
     Attributes:
         windows: token windows to learn and to calibrate on (the paper: 256 sequences).
+        generated: further windows, which the unquantized model writes itself (`latmix.distill.generate`), to learn and
+            tune on; nothing else sees them.
         held_out: further windows, never learned from, that choose the best step and measure the run; 0 where nothing
             learns: then nothing is measured.
         window: tokens in a window; capped by the model's longest position.
@@ -38,12 +40,13 @@ class Calibration:
     """
 
     windows: int = 256
+    generated: int = 0
     held_out: int = 16
     window: int = 512
     separator: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least("calibration", self, windows=1, held_out=0, window=2)
+        _at_least("calibration", self, windows=1, generated=0, held_out=0, window=2)
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,10 @@ class Tuning(Distillation):
         codes: every code may move to a neighbour on the grid, every scale by a power of two (`latmix.model.latent`).
         codes_lr: peak learning rate of what codes are rounded from, in units of the scale.
         scales_lr: the same of the exponents that move scales; at a half, one moves. At the default none got that far
-            in 300 steps, and faster ones did harm (docs/log.md).
+            in 600 steps, and faster ones did harm (docs/log.md).
     """
 
-    steps: int = 300
+    steps: int = 600
     lr: float = 2e-3
     average: bool = True
     kept: tuple[str, ...] = ("gains", "embedding", "head")

@@ -13,11 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix import ranks, sharding
 from latmix.convert import Task
-from latmix.distill import Step, Teacher, learn, tune
+from latmix.distill import Step, Teacher, generated, learn, tune
 from latmix.eval import Scores, score
 from latmix.layerwise import learn_layers
 from latmix.model import checkpoint
@@ -74,8 +76,9 @@ def _learn(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> 
         learn_layers(attached, teacher.model, task.taught, recipe.layerwise, recipe.seed, progress)
     if recipe.learning is not None and maps.learned():
         with _curve(space, METRICS) as record:
+            lessons = _lessons(task, recipe, space, teacher, progress)
             arguments = (recipe.learning, recipe.seed, record, space.snapshot(LEARN), progress)
-            learn(attached, teacher, task.taught, task.held_out, *arguments)
+            learn(attached, teacher, lessons, task.held_out, *arguments)
 
 
 def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> Scores:
@@ -89,8 +92,10 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
         parts = free(student, arch, _filling(task, student, stored, tuning), tuning, progress, offload)
         quantize_inputs(student, arch, task.maps, task.activations)
         with _curve(space, TUNING) as record:
+            teacher = _teacher(task, space, progress)
+            lessons = _lessons(task, recipe, space, teacher, progress)
             arguments = (tuning, recipe.seed, record, space.snapshot(TUNE), progress)
-            tune(student, parts, _teacher(task, space, progress), task.taught, task.held_out, *arguments)
+            tune(student, parts, teacher, lessons, task.held_out, *arguments)
         _write(task, student, parts, stored, space.folder, progress)
         del student, parts
     model, shard = source.skeleton(), partial(sharding.shard, offload=too_large(source, 2 * share, 2 * share))
@@ -98,6 +103,16 @@ def tuned(task: Task, recipe: Recipe, space: Workspace, progress: Progress) -> S
     sharding.join_layers(model.base_model)
     quantize_inputs(model, arch, task.maps, task.activations)
     return score(model, task.held_out, spread(source, progress), progress=progress)
+
+
+def _lessons(
+    task: Task, recipe: Recipe, space: Workspace, teacher: Teacher, progress: Progress
+) -> Int[Tensor, "learn window"]:
+    """The windows that are learned from end to end: the same for both stages."""
+    stage, count = recipe.learning or recipe.tuning, recipe.calibration.generated
+    assert stage is not None
+    more = generated(teacher, task.taught, count, recipe.seed, stage.compute, space.work, progress)
+    return torch.cat([task.taught, more])
 
 
 def _teacher(task: Task, space: Workspace, progress: Progress) -> Teacher:

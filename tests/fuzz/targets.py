@@ -181,7 +181,7 @@ def _demo_tokenizer() -> transformers.PreTrainedTokenizerBase:
 def _data(data: bytes, folder: Path) -> object:
     (folder / "text.txt").write_bytes(data)
     corpus = read_text(folder / "text.txt", "\n\n" if len(data) % 2 else None)
-    return calibration_windows(corpus, _demo_tokenizer(), Calibration(2, 1, 8), 16, 2048)
+    return calibration_windows(corpus, _demo_tokenizer(), Calibration(windows=2, held_out=1, window=8), 16, 2048)
 
 
 @target("binary files as texts", BYTES, [b"Some text. " * 20, b"\xff\xfe", bytes(100)])

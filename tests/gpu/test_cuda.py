@@ -22,9 +22,10 @@ def test_codes_and_scales_equal_the_cpu_s(format: str) -> None:
     assert torch.equal(on_gpu.scales.cpu(), on_cpu.scales)
 
 
-def test_a_run_on_the_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["latmix-lu", "latmix-plus"])
+def test_a_run_on_the_gpu(recipe: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
-    run = latmix.quantize(model, tmp_path / "run", "latmix-lu", CALIBRATION, 0, settings("latmix-lu"))
+    run = latmix.quantize(model, tmp_path / "run", recipe, CALIBRATION, 0, settings(recipe))
     assert run.summary["stages"]["learn"]["peak_device_bytes"] > 0
     result = latmix.evaluate(run.path, OTHER, reference=model)
     assert result.kl is not None and result.kl.mean > 0

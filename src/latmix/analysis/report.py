@@ -159,6 +159,7 @@ def _losses(title: str, loss: Mapping[str, list[tuple[int, float]]]) -> str:
 
 def _run(record: Record) -> str:
     s, recipe = record.summary, record.recipe
+    learns, own = recipe["learning"] or recipe["tuning"], recipe["calibration"]["generated"]
     facts = [
         ["model", s["model"]],
         ["formats", f"weights {recipe['weights']}, activations {recipe['activations'] or 'as they are'}"],
@@ -168,7 +169,8 @@ def _run(record: Record) -> str:
         ["seed", str(recipe["seed"])],
         [
             "calibration",
-            f"{s['calibration']['text']}, {s['calibration']['shape'][0]} windows of {s['calibration']['shape'][1]}",
+            f"{s['calibration']['text']}, {s['calibration']['shape'][0]} windows of {s['calibration']['shape'][1]}"
+            + (f"; {own} that the model wrote itself, to learn from" if learns and own else ""),
         ],
         ["sha256 of the text", s["calibration"]["sha256"]],
         ["maps alone, nothing rounded", _change(s["float_change_kl"])],

@@ -122,7 +122,8 @@ def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
     batch = math.ceil(stage.batch / stage.accumulation) * window
     widths, ffn = TUNE if isinstance(stage, Tuning) else LEARN
     kept = 0 if stage.checkpointing else batch * s.layers * (widths * s.hidden + ffn * s.intermediate)
-    answers = (recipe.calibration.windows + recipe.calibration.held_out) * window * s.hidden
+    text = recipe.calibration
+    answers = (min(text.windows + text.generated, stage.steps * stage.batch) + text.held_out) * window * s.hidden
     # what is made of the linears and the head under the maps, of the embedding in the rows at hand
     moved = 3 if recipe.learning is not None and recipe.learning.weights else 2  # rounded too, or not
     own = moved * s.linears + (s.table if recipe.folded else 0)
@@ -134,7 +135,9 @@ def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
     forward = kept + LEARNED[stage.objective] * batch * s.vocabulary  # gone before the last gradients are there
     values = teacher + own + answers + max(forward, gradients)
     # teacher 2, student 6 a weight and token; rounding as much
-    return FULL * values, 2 * 8 * (s.linears + s.table) * stage.steps * stage.batch * window
+    seen = stage.steps * stage.batch * window
+    first = recipe.learning or recipe.tuning  # the text is generated once
+    return FULL * values, 2 * (s.linears + s.table) * (8 * seen + (stage is first) * text.generated * window)
 
 
 def _layerwise(s: Sizes, recipe: Recipe, stage: Layerwise) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """KL distillation to the unquantized model: of the maps before the weights are quantized, of what is free after."""
 
 from latmix.distill.answers import Answers
+from latmix.distill.generate import generated
 from latmix.distill.loop import accumulate, mean_divergence
 from latmix.distill.maps import Mapped, learn, volume
 from latmix.distill.objective import divergence, learning_rate, objective
@@ -17,6 +18,7 @@ __all__ = [
     "Teacher",
     "accumulate",
     "divergence",
+    "generated",
     "learn",
     "learning_rate",
     "mean_divergence",

@@ -4,16 +4,11 @@ What is kept is the hidden state that its head reads, not the logits: with 4096 
 as small as a list of the thousand likeliest tokens, and gives the whole distribution, or its top k, without a loss. The
 head is applied again at each use. Given up: the head's share of the teacher's forward, a few per cent for large models.
 
-In a folder they outlive the process, batch by batch (`latmix.growing`), in a file whose name says what was asked of
-whom and how: who asks the same again reads them, be it a stage that goes on or the next one, and who asks anything else
-finds nothing. A batch that is not as it was written is asked again, and so are all after it.
+In a folder they outlive the process (`latmix.distill.kept`), in a file whose name says what was asked of whom and how:
+who asks the same again reads them, be it a stage that goes on or the next one; who asks anything else finds nothing.
 """
 
-import hashlib
-import json
-import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latmix import ranks, sharding
+from latmix.distill.kept import kept, name_of
 from latmix.distill.teacher import Teacher
-from latmix.errors import FailedError, WriteError
-from latmix.growing import growing
+from latmix.errors import FailedError
 from latmix.progress import Progress
 from latmix.recipe import COMPUTE, Distillation
 
@@ -66,9 +61,8 @@ class Answers:
         if folder is None:
             self._hidden = torch.cat([*ask(0)])
         else:
-            asked = [teacher.digest, hashlib.sha256(windows.numpy().tobytes()).hexdigest(), shape, compute, str(dtype)]
-            name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-            self._hidden = _kept(folder / f"{FILE}.{name}", shape, dtype, ask)
+            file = folder / f"{FILE}.{name_of(teacher.digest, shape, compute, dtype, windows=windows)}"
+            self._hidden = kept(file, shape, dtype, BATCH, ask)
 
     @torch.no_grad()
     def logits(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch window vocabulary"]:
@@ -99,30 +93,9 @@ def _ask(
         hidden = ranks.gathered(found, len(rows))
         if not (finite := hidden.isfinite().flatten(1).all(1)).all():
             first = int(rows[~finite.cpu()][0])
-            raise FailedError(f"The unquantized model gives NaN or infinity on calibration window {first}.")
+            raise FailedError(f"The unquantized model gives NaN or infinity on window {first}.")
         yield hidden.to("cpu", dtype).contiguous()
         progress.advance()
-
-
-def _kept(
-    file: Path, shape: tuple[int, int, int], dtype: torch.dtype, ask: Callable[[int], Iterator[Tensor]]
-) -> Float[Tensor, "windows window hidden"]:
-    """The file's content, mapped, once all of it is there. ask: from that window on."""
-    window = shape[1] * shape[2] * dtype.itemsize
-    sizes = [len(rows) * window for rows in torch.arange(shape[0]).split(BATCH)]
-    try:
-        with growing(file, sizes) if ranks.first() else nullcontext() as kept:
-            done = ranks.agreed(kept.done if kept else 0)
-            known = done % ranks.world()  # of what the ranks answer together, a batch each
-            for together in ask((done - known) * BATCH):
-                for hidden in together.split(BATCH)[known:]:
-                    if kept is not None:
-                        kept.add(hidden.view(torch.uint8).numpy().reshape(-1).data)
-                known = 0
-    except OSError as error:
-        raise WriteError(f"The teacher's answers do not fit into '{file.parent}': {error.strerror}.") from error
-    ranks.wait()
-    return torch.from_file(str(file), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def asked(

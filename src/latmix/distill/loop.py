@@ -70,7 +70,7 @@ class _Stage:
             group["lr"] = rate * group["rate"]
         loss = float(self._losses(ranks.own(rows)[None]).mean())
         if not math.isfinite(loss):
-            raise diverged(f"the loss of calibration windows {self._broken(rows)} is {loss}", course, self.schedule)
+            raise diverged(f"the loss of windows {self._broken(rows)} is {loss}", course, self.schedule)
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         gradients = [each.grad for each in parameters if each.grad is not None]
         ranks.average(gradients)

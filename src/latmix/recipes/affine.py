@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from latmix.recipe import Learning, Recipe, Tuning
+from latmix.recipe import Calibration, Learning, Recipe, Tuning
 from latmix.recipes.registry import preset
 
 ONLINE = {"down": "block-hadamard"}  # T3, the method's one online operation
@@ -22,11 +22,13 @@ def latmix_qr() -> Recipe:
 
 @preset
 def latmix_plus() -> Recipe:
-    """latmix-qr, then all that is free tuned on KL: gains, biases, embedding, head, codes, scales.
+    """latmix-qr learned longer, then all that is free tuned on KL; both also on text that the model writes itself.
 
-    Not published. Same format and online operation as LATMiX.
+    Free are gains, biases, embedding, head, codes and scales. Not published. Same format and online operation as
+    LATMiX.
     """
-    return dataclasses.replace(latmix_qr(), name="latmix-plus", tuning=Tuning())
+    text, learning = Calibration(generated=15 * Calibration.windows), Learning(steps=600)
+    return dataclasses.replace(latmix_qr(), name="latmix-plus", calibration=text, learning=learning, tuning=Tuning())
 
 
 def _latmix(form: str) -> Recipe:
