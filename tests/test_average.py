@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from latmix.distill.average import Average, parameters
+from latmix.distill.snapshot import Course
 
 
 def test_a_step_weighs_more_than_the_one_before_it() -> None:
@@ -31,3 +32,16 @@ def test_the_last_step_is_there_again_after_a_look_at_the_average() -> None:
         assert torch.equal(module.weight, before)
         raise ZeroDivisionError
     assert not module.weight.any() and torch.equal(values["weight"], before)
+
+
+def test_a_mean_is_kept_unless_it_is_worse_beyond_doubt_and_a_step_if_it_is_the_lowest() -> None:
+    windows, noise = torch.rand(16), torch.randn(16)
+    noise -= noise.mean()
+    steps, means = (Course([], {}, average, windows) for average in ({}, {"a": torch.zeros(1)}))
+    higher = windows + 0.001 + 0.002 * noise / noise.std()  # two standard errors
+    assert means.accepts(higher) and not steps.accepts(higher)
+    assert torch.equal(means.lowest, windows)  # what is compared with stays the lowest
+    for course in (steps, means):
+        assert not course.accepts(windows + 0.005 + 0.002 * noise / noise.std())
+        assert not course.accepts(torch.full((16,), torch.nan))
+        assert course.accepts(windows - 0.001) and torch.equal(course.lowest, windows - 0.001)

@@ -61,7 +61,8 @@ class Distillation:
         top_k: restrict the KL to the teacher's k most likely tokens, renormalised; None: the whole vocabulary.
         checkpointing: recompute layers in backward instead of storing their activations.
         evaluate_every: steps between measurements of KL on the held-out windows.
-        average: keep the mean of the last quarter of the steps instead of the last step (`latmix.distill.average`).
+        average: keep the mean of the last quarter of the steps (`latmix.distill.average`) from the latest measurement
+            that is no worse beyond doubt, instead of the step that did best on the held-out windows.
         objective: "kl", the divergence of the quantized model's distribution from the unquantized one's, or
             "cross-entropy", with the text (which needs no teacher).
         compute: "float32", or "bfloat16" for the products with activations; maps and the weights they move stay in

@@ -2,7 +2,7 @@
 
 from latmix.distill.answers import Answers
 from latmix.distill.generate import generated
-from latmix.distill.loop import accumulate, mean_divergence
+from latmix.distill.loop import accumulate, mean_divergences
 from latmix.distill.maps import Mapped, learn, volume
 from latmix.distill.objective import divergence, learning_rate, objective
 from latmix.distill.snapshot import Step
@@ -21,7 +21,7 @@ __all__ = [
     "generated",
     "learn",
     "learning_rate",
-    "mean_divergence",
+    "mean_divergences",
     "objective",
     "tune",
     "volume",

@@ -36,15 +36,17 @@ KEEP_EVERY = 60.0
 
 
 @torch.no_grad()
-def mean_divergence(answers: Answers, student: Student, windows: Int[Tensor, "windows window"]) -> float:
-    """Mean KL over all positions of the windows, which the answers are to."""
-    total = 0.0
+def mean_divergences(
+    answers: Answers, student: Student, windows: Int[Tensor, "windows window"]
+) -> Float[Tensor, " windows"]:
+    """Mean KL over the positions of each of the windows, which the answers are to."""
+    found = list[Tensor]()
     with student.evaluated_once():
         for rows in torch.arange(len(windows)).split(BATCH * ranks.world()):
             own = ranks.own(rows)
             got = logits_of(student.model, windows[own], answers.compute)
-            total += float(ranks.gathered(divergence(answers.logits(own), got).mean(-1), len(rows)).sum())
-    return total / len(windows)
+            found.append(ranks.gathered(divergence(answers.logits(own), got).mean(-1), len(rows)).cpu())
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def distill(
     snapshot: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Learn in place, leaving the student at its best held-out step (step 0, untouched, included).
+    """Learn in place, leaving the student at its best held-out step (step 0, untouched, included), or where the mean of
+    its steps is kept at the latest that is no worse beyond doubt (`Course.accepts`).
 
     teacher: loaded when it is to be asked, and dismissed before the first step.
     snapshot: where the stage is kept while it runs, for the next call to go on from; its folder also keeps the
@@ -136,12 +139,11 @@ def distill(
     folder = None if snapshot is None else snapshot.parent
     used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
     answers, others = asked(teacher, windows[used], held_out, schedule, folder, progress)
-    measure = partial(mean_divergence, others, student, held_out)
+    measure = partial(mean_divergences, others, student, held_out)
     if course is None:
-        start = measure()
-        learned = student.learned
-        first = parameters(learned) if schedule.average else {}
-        course = Course([Step(0, start, 0.0, 0.0, 0.0, start)], copy.deepcopy(learned.state_dict()), first)
+        start, learned = measure(), student.learned
+        first, kl = parameters(learned) if schedule.average else {}, float(start.mean())
+        course = Course([Step(0, kl, 0.0, 0.0, 0.0, kl)], copy.deepcopy(learned.state_dict()), first, start)
     average = Average(student.learned, course.average) if schedule.average else None
     stage = _Stage(student, windows[used], used, order, answers, schedule, optimizer, average)
     for step in course.curve:
@@ -160,7 +162,7 @@ def distill(
 def _run(
     stage: _Stage,
     course: Course,
-    measure: Callable[[], float],
+    measure: Callable[[], Tensor],
     on_step: Callable[[Step], None],
     progress: Progress,
     keep: Callable[[], None] | None,
@@ -173,8 +175,9 @@ def _run(
         held_out = None
         if number % stage.schedule.evaluate_every == 0 or number == stage.schedule.steps:
             with stage.settled():
-                held_out = measure()
-                if held_out < course.best:
+                found = measure()
+                held_out = float(found.mean())
+                if course.accepts(found):
                     course.best_state = copy.deepcopy(stage.student.learned.state_dict())
         course.curve.append(Step(number, loss, rate, norm, time.perf_counter() - began, held_out))
         on_step(course.curve[-1])

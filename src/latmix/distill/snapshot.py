@@ -9,13 +9,14 @@ differs. Given up: going on with another schedule.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,10 +27,14 @@ from latmix.errors import DamagedError, InputError
 from latmix.recipe import Distillation
 from latmix.rundir import written
 
+DOUBT = 4.0
+"""Standard errors. Of thirty measurements of the same the lowest is low by two or three."""
+
 FREE = ("checkpointing",)
 """Keys of a schedule that change no bit of the result."""
 
 LEARNED, BEST, AVERAGE, MOMENTS = "learned/", "best/", "average/", "adam/"  # prefixes of tensors
+LOWEST = "lowest"
 CHECKSUM = "sha256"
 
 
@@ -52,12 +57,27 @@ class Step:
 
 @dataclass
 class Course:
-    """How far a stage has come: the steps so far, from step 0, what was kept of the best of them, and the average
-    of what they learned, empty where none is taken."""
+    """How far a stage has come: the steps so far, from step 0, what was kept of the best of them, the average of what
+    they learned, empty where none is taken, and the KL of each held-out window where their mean was lowest."""
 
     curve: list[Step]
     best_state: dict[str, Tensor]
     average: dict[str, Tensor]
+    lowest: Float[Tensor, " held_out"]
+
+    def accepts(self, found: Float[Tensor, " held_out"]) -> bool:
+        """Whether the student that has this KL on each held-out window is the best so far.
+
+        A single step is when its mean is the lowest. An average of steps gets better as long as they do, by less than
+        a few windows can tell, and the lowest of many measurements is low by chance: so it is unless it is worse
+        than the lowest by more than `DOUBT` standard errors of the difference (as in the one-standard-error rule of
+        Breiman et al. 1984).
+        """
+        worse = found - self.lowest
+        if worse.mean() < 0:
+            self.lowest = found
+            return True
+        return bool(self.average) and bool(worse.mean() <= DOUBT * worse.std() / math.sqrt(len(worse)))
 
     @property
     def step(self) -> int:
@@ -87,7 +107,7 @@ def save(path: Path, identity: Mapping[str, Any], course: Course, learned: nn.Mo
     """
     tensors = {f"{LEARNED}{name}": tensor for name, tensor in learned.state_dict().items()}
     tensors |= {f"{BEST}{name}": tensor for name, tensor in course.best_state.items()}
-    tensors |= {f"{AVERAGE}{name}": tensor for name, tensor in course.average.items()}
+    tensors |= {f"{AVERAGE}{name}": tensor for name, tensor in course.average.items()} | {LOWEST: course.lowest}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"{MOMENTS}{index}/{name}": tensor for name, tensor in moments.items()}
     curve = [dataclasses.asdict(step) for step in course.curve]
@@ -128,7 +148,8 @@ def load(path: Path, identity: Mapping[str, Any], learned: nn.Module, optimizer:
         learned.load_state_dict(_sharded(_below(LEARNED, tensors), into))
         _restore(optimizer, _below(MOMENTS, tensors))
         curve = [Step(**step) for step in json.loads(notes["curve"])]
-        return Course(curve, *(_sharded(_below(kind, tensors), into) for kind in (BEST, AVERAGE)))
+        best, average = (_sharded(_below(kind, tensors), into) for kind in (BEST, AVERAGE))
+        return Course(curve, best, average, tensors[LOWEST])
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"The snapshot '{path}' cannot be read, remove it to start afresh: {error}") from error
 
