@@ -1,6 +1,4 @@
-"""Tuning what is free: it lowers the divergence, touches only its parts; codes and scales move one step at most."""
-
-import math
+"""Tuning what is free: it lowers the divergence, touches only its parts; codes move one step at most."""
 
 import pytest
 import torch
@@ -63,19 +61,18 @@ def test_each_part_learns_alone(parts: dict, touched: tuple[str, ...]) -> None:
     assert changed and all(name.endswith(touched) or any(word in name for word in touched) for name in changed)
 
 
-def test_codes_and_scales_move_one_step_and_the_model_holds_what_they_decode_to() -> None:
-    fast = Tuning(steps=30, batch=32, evaluate_every=5, codes_lr=0.06, scales_lr=0.06, kept=(), biases=())
+def test_codes_move_one_step_and_the_model_holds_what_they_decode_to() -> None:
+    fast = Tuning(steps=30, batch=32, evaluate_every=5, codes_lr=0.06, kept=(), biases=())
     model, before, after, _, _ = run(fast)
-    codes = scales = 0
+    moved = 0
     for path, old in before.items():
         below, here, above = neighbours(old)
-        values, moved = decode(after[path]), after[path].scales.int() - old.scales.int()
-        assert torch.all(moved.abs() <= 1)
-        stays = (moved == 0).repeat_interleave(32, 1)
-        assert torch.all(~stays | (values == below) | (values == here) | (values == above))
+        values = decode(after[path])
+        assert torch.equal(after[path].scales, old.scales)
+        assert torch.all((values == below) | (values == here) | (values == above))
         assert torch.equal(model.get_submodule(path).weight, values)
-        codes, scales = codes + int((values != here)[stays].sum()), scales + int(moved.count_nonzero())
-    assert codes > 0 and scales > 0
+        moved += int((values != here).sum())
+    assert moved > 0
 
 
 def latent_of(name: str) -> tuple[Latent, torch.Tensor, Quantized]:
@@ -92,9 +89,9 @@ FORMATS = ["mxfp4:scale=even", "mxint4", "mxfp4:block=16", "nvfp4", "mxfp6_e2m3"
 @pytest.mark.parametrize("name", FORMATS)
 def test_latents_start_at_the_stored_codes_as_near_to_the_unrounded_weight_as_their_cells_allow(name: str) -> None:
     latent, weight, quantized = latent_of(name)
-    start, exponents = latent.right_inverse(weight)
+    start = latent.right_inverse(weight)
     below, here, above = neighbours(quantized)
-    assert torch.equal(latent(start, exponents), here)
+    assert torch.equal(latent(start), here)
     value = (
         start
         * decode_scales(quantized.scales, quantized.format, quantized.tensor_scale).repeat_interleave(
@@ -109,32 +106,14 @@ def test_latents_start_at_the_stored_codes_as_near_to_the_unrounded_weight_as_th
 @pytest.mark.parametrize("name", FORMATS)
 def test_settled_codes_encode_what_the_latents_give_wherever_these_were_sent(name: str) -> None:
     latent, weight, quantized = latent_of(name)
-    start, exponents = latent.right_inverse(weight)
-    far, far_exponents = start + 9 * torch.randn_like(start), exponents + 3 * torch.randn_like(exponents)
-    latent.clamp_(far, far_exponents)
-    settled = latent.settled(far, far_exponents)
-    assert torch.equal(decode(settled), latent(far, far_exponents))
-    moved = settled.scales.int() - quantized.scales.int()
-    assert moved.abs().max() == (0 if name == "nvfp4" else 1)
+    far = latent.right_inverse(weight)
+    far += 9 * torch.randn_like(far)
+    latent.clamp_(far)
+    settled = latent.settled(far)
+    assert torch.equal(decode(settled), latent(far)) and torch.equal(settled.scales, quantized.scales)
     below, _, above = neighbours(quantized)
-    limit = torch.maximum(below.abs(), above.abs())
-    assert torch.all(latent(far, torch.zeros_like(exponents)).abs() <= limit)
+    assert torch.all(latent(far).abs() <= torch.maximum(below.abs(), above.abs()))
     assert not torch.equal(settled.codes, quantized.codes)
-
-
-def test_an_exponent_sees_how_much_its_block_grows_with_the_scale() -> None:
-    """Between two moves q is fixed, so the derivative of q·2^t at fixed codes is that of what saturates; what is
-    rounded loses the part its latent would take back."""
-    latent, weight, _ = latent_of("mxfp4")
-    start, exponents = latent.right_inverse(weight)
-    start[1, 0] = 50.0  # saturates
-    exponents.requires_grad_(True)
-    weights = torch.randn(12, 80)
-    (latent(start, exponents) * weights).sum().backward()
-    values, scales = latent(start, exponents).detach(), latent.scales
-    growth = values - torch.where(start.abs() <= 6, start * scales.repeat_interleave(32, 1)[:, :80], 0.0)
-    expected = torch.nn.functional.pad(growth * weights, (0, 16)).unflatten(-1, (3, 32)).sum(-1) * math.log(2)
-    torch.testing.assert_close(exponents.grad, expected)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxint4", "nvfp4", "mxfp8_e4m3", "mxint8"])

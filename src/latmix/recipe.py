@@ -120,10 +120,8 @@ class Tuning(Distillation):
         lr: peak learning rate of gains and biases; of embedding and head in units of their root mean square.
         kept: parts in full precision that learn: "gains", "embedding", "head".
         biases: inputs of the architecture (qkv, o, gate_up, down) whose readers get a bias that learns.
-        codes: every code may move to a neighbour on the grid, every scale by a power of two (`latmix.model.latent`).
+        codes: every code may move to a neighbour on the grid (`latmix.model.latent`).
         codes_lr: peak learning rate of what codes are rounded from, in units of the scale.
-        scales_lr: the same of the exponents that move scales; at a half, one moves. At the default none got that far
-            in 600 steps, and faster ones did harm (docs/log.md).
     """
 
     steps: int = 600
@@ -133,13 +131,12 @@ class Tuning(Distillation):
     biases: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     codes: bool = True
     codes_lr: float = 3e-3
-    scales_lr: float = 3e-3
 
     key: ClassVar[str] = "tuning"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self.key, self, codes_lr=0, scales_lr=0)
+        _at_least(self.key, self, codes_lr=0)
 
 
 @dataclass(frozen=True)

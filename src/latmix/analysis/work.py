@@ -131,7 +131,6 @@ def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
     if isinstance(stage, Tuning):
         teacher = s.table  # asked and gone, but for its head
         own, gradients = _tuned(s, stage)
-        kept += 0 if stage.checkpointing or not stage.codes else 2 * s.linears  # what rounding keeps
     forward = kept + LEARNED[stage.objective] * batch * s.vocabulary  # gone before the last gradients are there
     values = teacher + own + answers + max(forward, gradients)
     # teacher 2, student 6 a weight and token; rounding as much

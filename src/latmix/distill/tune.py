@@ -2,7 +2,7 @@
 
 The weights stand on their grid, the activations are rounded as they will be, and the loss is the model's own KL: no
 layer-wise proxy is left. Source of the idea: norm and bias tuning of quantized networks (Norm Tweaking, 2309.02784) and
-learned rounding (AdaRound, 2004.10568), here end to end on KL and on MX codes and scales.
+learned rounding (AdaRound, 2004.10568), here end to end on KL and on MX codes.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from latmix.recipe import Tuning
 
 
 class Freed(Student):
-    """A quantized model whose free parts learn; codes and scales at rates of their own."""
+    """A quantized model whose free parts learn; codes at a rate of their own."""
 
     def __init__(self, model: PreTrainedModel, parts: Free, tuning: Tuning) -> None:
         self.model, self.learned, self._parts, self._tuning = model, parts, parts, tuning
@@ -32,8 +32,8 @@ class Freed(Student):
     def groups(self) -> list[dict[str, Any]]:
         parts, tuning = self._parts, self._tuning
         kept = [{"params": [part], "rate": _size(part)} for part in parts.kept.values()]
-        moving = [(parts.latents, tuning.codes_lr), (parts.exponents, tuning.scales_lr)]
-        return kept + [{"params": list(part.values()), "rate": lr / tuning.lr} for part, lr in moving if len(part)]
+        latents = [{"params": list(parts.latents.values()), "rate": tuning.codes_lr / tuning.lr}]
+        return kept + latents[: len(parts.latents)]
 
     def stepped(self) -> None:
         self._parts.clamp()

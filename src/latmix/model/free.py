@@ -1,10 +1,9 @@
 """What is still free once the weights are quantized: everything that inference computes anyway.
 
-Biases, norm gains, embedding and head are stored in bfloat16 and cost nothing to change. Codes and scales are free in
-another sense: GPTQ chose each to serve its own layer, and a neighbour may serve the model better (`model.latent`).
-`free` makes the chosen parts of a quantized model learnable, in place, layer by layer: where there are several ranks,
-each layer, the embedding and the head are sharded over them with all that learns in it, and no rank ever holds another
-whole layer.
+Biases, norm gains, embedding and head are stored in bfloat16 and cost nothing to change. Codes are free in another
+sense: GPTQ chose each to serve its own layer, and a neighbour may serve the model better (`model.latent`). `free` makes
+the chosen parts of a quantized model learnable, in place, layer by layer: where there are several ranks, each layer,
+the embedding and the head are sharded over them with all that learns in it, and no rank ever holds another whole layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,30 +50,26 @@ class Free(nn.Module):
         super().__init__()
         latents = {path: _latent(model.get_submodule(path)) for path in movable}
         self.kept = nn.ParameterDict({_key(name): model.get_parameter(name) for name in kept})
-        self.latents = nn.ParameterDict({_key(path): latent for path, (_, latent, _) in latents.items()})
-        self.exponents = nn.ParameterDict({_key(path): exponents for path, (*_, exponents) in latents.items()})
-        self._movable = {path: latent for path, (latent, *_) in latents.items()}  # a plain dict: they are the model's
+        self.latents = nn.ParameterDict({_key(path): values for path, (_, values) in latents.items()})
+        self._movable = {path: latent for path, (latent, _) in latents.items()}  # a plain dict: they are the model's
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Codes move to their neighbours, scales by one power of two, and no further."""
-        for latent, parameters in self._each().values():
-            latent.clamp_(*map(sharding.held, parameters))
+        """Codes move to their neighbours and no further."""
+        for latent, values in self._each().values():
+            latent.clamp_(sharding.held(values))
 
     @torch.no_grad()
     def settled(self, path: str) -> dict[str, Quantized]:
         """The codes of the linears below a path whose codes were free, by what follows it. All ranks ask alike."""
         found = {name: each for name, each in self._each().items() if name.startswith(f"{path}.")}
         return {
-            name.removeprefix(f"{path}."): latent.settled(*map(sharding.whole, parameters))
-            for name, (latent, parameters) in found.items()
+            name.removeprefix(f"{path}."): latent.settled(sharding.whole(values))
+            for name, (latent, values) in found.items()
         }
 
-    def _each(self) -> dict[str, tuple[Latent, tuple[Tensor, Tensor]]]:
-        return {
-            path: (latent, (self.latents[_key(path)], self.exponents[_key(path)]))
-            for path, latent in self._movable.items()
-        }
+    def _each(self) -> dict[str, tuple[Latent, Tensor]]:
+        return {path: (latent, self.latents[_key(path)]) for path, latent in self._movable.items()}
 
 
 def free(
@@ -87,7 +82,7 @@ def free(
 ) -> Free:
     """Make parts of a quantized model learnable, in place: those in `tuning.kept` (the head's bias, where the maps gave
     it one, belongs to the head), a bias of the readers of each input in `tuning.biases` (zero where they had none), and
-    with `tuning.codes` codes and scales.
+    with `tuning.codes` the codes.
 
     fill: puts the weights of the layer of that number into the model; the rest is there.
     progress: told of every layer.
@@ -117,7 +112,7 @@ def free(
             movable.append(f"{path}.{name}")
         sharding.shard(layer, offload)
         for name in arch.linears if tuning.codes else ():
-            latent, values, _ = _latent(layer.get_submodule(name))
+            latent, values = _latent(layer.get_submodule(name))
             latent.part(sharding.held(values).device)
         progress.advance()
     sharding.join_layers(model.base_model)
@@ -133,12 +128,11 @@ def _loosen_biases(layer: nn.Module, names: list[str]) -> list[str]:
     return [f"{name}.bias" for name in names]
 
 
-def _latent(place: nn.Module) -> tuple[Latent, nn.Parameter, nn.Parameter]:
-    """The parametrization of its weight, and what learns under it: latents and exponents."""
-    owner = "parametrizations.weight"
-    latent = place.get_submodule(f"{owner}.0")
+def _latent(place: nn.Module) -> tuple[Latent, nn.Parameter]:
+    """The parametrization of its weight, and what learns under it."""
+    latent = place.get_submodule("parametrizations.weight.0")
     assert isinstance(latent, Latent)
-    return latent, place.get_parameter(f"{owner}.original0"), place.get_parameter(f"{owner}.original1")
+    return latent, place.get_parameter("parametrizations.weight.original")
 
 
 def _key(path: str) -> str:

@@ -1,16 +1,14 @@
-"""A quantized weight that can still move: what its codes and scales look like while they are tuned.
+"""A quantized weight that can still move: what its codes look like while they are tuned.
 
 A code says where on the grid a weight stands, not how near it is to the next number. So every weight gets a *latent*
-value in units of its block's scale, whose rounding is the code, and every block a latent exponent, whose rounding
-doubles or halves the scale. Latents start where the unrounded weight lies within the cell of its code (AdaRound,
-2004.10568): a weight that was rounded reluctantly is the first to change its mind. From the middle of their cells all
-would leave in the same step.
+value in units of its block's scale, whose rounding is the code. Latents start where the unrounded weight lies within
+the cell of its code (AdaRound, 2004.10568): a weight that was rounded reluctantly is the first to change its mind. From
+the middle of their cells all would leave in the same step.
 
-A code's latent goes as far as the neighbours on the grid, an exponent as far as one: what GPTQ found is amended, not
-learned anew. Given up: NVFP4's scales, which stay, since E4M3 is no grid of powers of two.
+A latent goes as far as the neighbours on the grid: what GPTQ found is amended, not learned anew. Given up: scales that
+move by powers of two. At a rate that did no harm none ever did (docs/log.md).
 """
 
-import math
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ INSIDE = 0.499
 
 
 class Latent(nn.Module):
-    """Parametrization of a quantized weight by latent values and exponents.
+    """Parametrization of a quantized weight by latent values.
 
     Registered on the *unrounded* weight, it gives the quantized one. Memory: six times the weight in float32, with its
     gradient and Adam's moments.
@@ -52,34 +50,25 @@ class Latent(nn.Module):
         self.below, self.above = (sharding.part(limit).to(device) for limit in (self.below, self.above))
         del self.here
 
-    def right_inverse(self, unrounded: Float[Tensor, "out n"]) -> tuple[Tensor, Tensor]:
-        """Latents, at the unrounded weight or where its code's cell is nearest to that; exponents, all zero."""
+    def right_inverse(self, unrounded: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
+        """Latents, at the unrounded weight or where its code's cell is nearest to that."""
         low, high = (torch.lerp(self.here, side, INSIDE) for side in (self.below, self.above))
-        return self._in_scales(unrounded.float()).clamp(low, high), torch.zeros_like(self.scales)
+        return self._in_scales(unrounded.float()).clamp(low, high)
 
-    def forward(self, latent: Float[Tensor, "out n"], exponents: Float[Tensor, "out blocks"]) -> Float[Tensor, "out n"]:
-        moved = self.moved_scales(exponents)
-        weight: Tensor = _Round.apply(latent, exponents, self.scales, moved, self.format)  # type: ignore[no-untyped-call]
+    def forward(self, latent: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
+        weight: Tensor = _Round.apply(latent, self.scales, self.format)  # type: ignore[no-untyped-call]
         return weight
 
-    def moved_scales(self, exponents: Float[Tensor, "out blocks"]) -> Float[Tensor, "out blocks"]:
-        """Scales, each moved by a power of two, as far as the format has them."""
-        if self.tensor_scale is not None:
-            return self.scales
-        return (self.scales * exponents.detach().round().exp2()).clamp(*self.format.scale_range)
-
     @torch.no_grad()
-    def clamp_(self, latent: Float[Tensor, "rows n"], exponents: Float[Tensor, "rows blocks"]) -> None:
+    def clamp_(self, latent: Float[Tensor, "rows n"]) -> None:
         """Back to where they may be; the rows of this rank."""
         latent.clamp_(self.below, self.above)
-        exponents.clamp_(-1.0, 1.0)
 
     @torch.no_grad()
-    def settled(self, latent: Float[Tensor, "out n"], exponents: Float[Tensor, "out blocks"]) -> Quantized:
+    def settled(self, latent: Float[Tensor, "out n"]) -> Quantized:
         """Codes and scales of the weight that `forward` gives."""
-        latent, exponents = latent.to(self.scales.device), exponents.to(self.scales.device)
-        scales = self.moved_scales(exponents)
-        return encode(self(latent, exponents).to(self.dtype), self.format, scales, self.tensor_scale)
+        weight = self(latent.to(self.scales.device)).to(self.dtype)
+        return encode(weight, self.format, self.scales, self.tensor_scale)
 
     def _in_scales(self, values: Float[Tensor, "out n"]) -> Float[Tensor, "out n"]:
         block = self.format.block
@@ -87,25 +76,16 @@ class Latent(nn.Module):
 
 
 class _Round(torch.autograd.Function):
-    """Straight through the rounding of latents; an exponent sees by how much its block's values grow with the scale:
-    q − y for what is rounded, q for what saturates (LSQ, 1902.08153), y the latent in units of the moved scale."""
+    """Straight through the rounding of latents."""
 
     @staticmethod
-    def forward(
-        ctx: Any, latent: Tensor, exponents: Tensor, scales: Tensor, moved: Tensor, format: BlockFormat
-    ) -> Tensor:
-        y = to_blocks(latent, format.block) * (scales / moved).unsqueeze(-1)
-        q = round_to_element_(y.clone(), format.element, format.rounding)
-        ctx.save_for_backward(y, q, scales, moved)
-        ctx.format, ctx.n = format, latent.shape[-1]
-        return from_blocks(q * moved.unsqueeze(-1), ctx.n)
+    def forward(ctx: Any, latent: Tensor, scales: Tensor, format: BlockFormat) -> Tensor:
+        ctx.save_for_backward(scales)
+        ctx.block = format.block
+        q = round_to_element_(to_blocks(latent, format.block).clone(), format.element, format.rounding)
+        return from_blocks(q * scales.unsqueeze(-1), latent.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        y, q, scales, moved = ctx.saved_tensors
-        blocks = to_blocks(gradient, ctx.format.block)
-        by_scale = None
-        if ctx.needs_input_grad[1]:
-            growth = q - torch.where(y.abs() <= ctx.format.element.max, y, torch.zeros_like(y))
-            by_scale = (blocks * growth).sum(-1) * moved * math.log(2)
-        return from_blocks(blocks * scales.unsqueeze(-1), ctx.n), by_scale, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (scales,) = ctx.saved_tensors
+        return from_blocks(to_blocks(gradient, ctx.block) * scales.unsqueeze(-1), gradient.shape[-1]), None, None

@@ -24,8 +24,7 @@ def latmix_qr() -> Recipe:
 def latmix_plus() -> Recipe:
     """latmix-qr learned longer, then all that is free tuned on KL; both also on text that the model writes itself.
 
-    Free are gains, biases, embedding, head, codes and scales. Not published. Same format and online operation as
-    LATMiX.
+    Free are gains, biases, embedding, head and codes. Not published. Same format and online operation as LATMiX.
     """
     text, learning = Calibration(generated=15 * Calibration.windows), Learning(steps=600)
     return dataclasses.replace(latmix_qr(), name="latmix-plus", calibration=text, learning=learning, tuning=Tuning())
