@@ -9,8 +9,10 @@ and GPTQ on 8 windows of 128 tokens, and measured on 8 more.
 Reported, as a table of docs/results/scaling.md: the largest resident memory that the kernel saw (VmHWM: with the pages
 of mapped files, which are the checkpoint's own and can be dropped), the largest anonymous part of it (sampled every
 20 ms: what really has to be there), seconds by the clock and of the processor, seconds by stage (what is in none is
-checksums of the original, and preparation), and the exponents p of cost ∝ size^p. The limit
-beside it is the time in which the same process reads the bytes of the checkpoint once and copies them.
+checksums of the original, and preparation), and the exponents p of cost ∝ size^p. Beside rounding
+to nearest stand two limits, measured just before on the same disk: reading every byte of the checkpoint once, and
+copying it, until the copy is on the disk. Before each of them, and before every run, the checkpoint's pages are put out
+of the page cache; what a run reads a second time may come from there.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from latmix.assets import DEMO_MODEL
 from latmix.model.load import load_tokenizer
 from latmix.model.shards import stored_tensors
 from latmix.model.source import skeleton
-from latmix.model.tensors import Rows, Tensors, rows, write
+from latmix.model.tensors import Rows, write
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads; the vocabulary is Llama 3's, the head untied
     "135M": (576, 1536, 30, 9, 3),
@@ -45,6 +47,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, KV heads; the vocabulary is L
     "8B": (4096, 14336, 32, 32, 8),
 }
 VOCABULARY, SEED, POOL = 128256, 0, 2**26
+ROOM = 2**22  # bytes in memory while the checkpoint is read
 ROUNDED = {"quantizer": "rtn", "calibration.held_out": "0", "calibration.windows": "1", "calibration.window": "32"}
 CALIBRATED = {"calibration.held_out": "8", "calibration.windows": "8", "calibration.window": "128"}
 MIB = 2**20
@@ -92,6 +95,35 @@ def memory() -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM", "RssAnon"))}
 
 
+def cold(model: Path) -> list[Path]:
+    """The checkpoint's shards, none of them in the page cache."""
+    shards = sorted(model.glob("*.safetensors"))
+    for shard in shards:
+        with shard.open("rb") as file:
+            os.fsync(file.fileno())  # what is not on the disk yet would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return shards
+
+
+def limits(model: Path, to: Path) -> dict[str, float]:
+    """Seconds in which every byte is read from the disk once, and in which a copy is on the disk."""
+    room, shards, began = memoryview(bytearray(ROOM)), cold(model), time.perf_counter()
+    for shard in shards:
+        with shard.open("rb", buffering=0) as file:
+            while file.readinto(room):
+                pass
+    reading, shards = time.perf_counter() - began, cold(model)
+    to.mkdir()
+    began = time.perf_counter()
+    copies = [Path(shutil.copyfile(shard, to / shard.name)) for shard in shards]
+    for copy in copies:
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+    copying = time.perf_counter() - began
+    shutil.rmtree(to)
+    return {"reading": reading, "copying": copying}
+
+
 def child(model: Path, out: Path, recipe: str, settings: dict[str, str]) -> None:
     """One run, and what it needed, as a line of JSON."""
     peak, over = [0], threading.Event()
@@ -100,12 +132,6 @@ def child(model: Path, out: Path, recipe: str, settings: dict[str, str]) -> None
         while not over.wait(0.02):
             peak[0] = max(peak[0], memory()["RssAnon"])
 
-    stored = stored_tensors(model)
-    began = time.perf_counter()
-    for name in stored:
-        for piece in rows(torch.atleast_2d(Tensors(stored).tensor(name))):
-            piece.clone()
-    reading = time.perf_counter() - began
     Path("/proc/self/clear_refs").write_text("5")
     before = memory()
     watcher = threading.Thread(target=watch)
@@ -122,7 +148,6 @@ def child(model: Path, out: Path, recipe: str, settings: dict[str, str]) -> None
         "idle": before["RssAnon"],
         "seconds": seconds,
         "processor": worked,
-        "reading": reading,
         "stages": {name: stage["seconds"] for name, stage in stages.items()},
         "peaks": {name: stage["peak_bytes"] for name, stage in stages.items()},
     }
@@ -132,6 +157,7 @@ def child(model: Path, out: Path, recipe: str, settings: dict[str, str]) -> None
 def measure(model: Path, out: Path, recipe: str, *flags: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(out.with_name(out.name + ".partial"), ignore_errors=True)
+    cold(model)
     command = [sys.executable, __file__, *flags, "--child", str(model), str(out), recipe]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(out)
@@ -150,15 +176,17 @@ def exponent(results: list[dict[str, Any]], key: str) -> float:
 
 STAGES = {"fold": "folding", "load": "reading", "quantize": "rounding", "save": "writing"}
 ROUNDED_TABLE = ("shape", "recipe", "parameters", "resident, MiB", "anonymous, MiB", "seconds", "of the processor",
-                 *STAGES.values(), "checksums, rest", "read + copy alone", "times that")  # fmt: skip
+                 *STAGES.values(), "checksums, rest", "read", "times that", "copy", "times that")  # fmt: skip
 WORK = {"fold": "folding", "quantize": "quantizing", "measure": "measuring"}
 CALIBRATED_TABLE = ("shape", "parameters", "resident, MiB", "anonymous, MiB", *WORK.values(), "seconds", *WORK.values())
 
 
 def rounded_row(size: str, recipe: str, found: dict[str, Any]) -> list[str]:
     rest = found["seconds"] - sum(found["stages"].values())
-    times = [found["seconds"], found["processor"], *(found["stages"][name] for name in STAGES), rest, found["reading"]]
-    words = [*_memory(found), *(f"{seconds:.1f}" for seconds in times), f"{found['seconds'] / found['reading']:.1f}"]
+    times = [found["seconds"], found["processor"], *(found["stages"][name] for name in STAGES), rest]
+    words = [*_memory(found), *(f"{seconds:.1f}" for seconds in times)]
+    for limit in (found["reading"], found["copying"]):
+        words += [f"{limit:.1f}", f"{found['seconds'] / limit:.2f}"]
     return [size, recipe, f"{found['parameters'] / 1e9:.2f} · 10⁹", *words]
 
 
@@ -192,9 +220,10 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     results = []
     for size in options.sizes:
+        model = make(options.folder, size, options.vocabulary)
+        alone = {} if options.calibrated else limits(model, options.folder / "copy")
         for recipe in recipes:
-            model = make(options.folder, size, options.vocabulary)
-            found = measure(model, options.folder / "run", recipe, *flags)
+            found = alone | measure(model, options.folder / "run", recipe, *flags)
             results.append({"size": size, "recipe": recipe, **found})
             row = calibrated_row(size, found) if options.calibrated else rounded_row(size, recipe, found)
             print(f"| {' | '.join(row)} |", flush=True)
