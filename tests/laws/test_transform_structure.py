@@ -24,7 +24,7 @@ from latmix.transforms import (
     Transform,
     initial_matrix,
 )
-from latmix.transforms.hadamard import butterflies
+from latmix.transforms.hadamard import butterflies, joined
 from latmix.transforms.rotation import exponential
 
 
@@ -118,6 +118,31 @@ def test_butterflies_are_the_product(order: int) -> None:
     assert "C++" in compiled.status()
     turned = butterflies(gaussian(4096, 8).T.unflatten(-1, (-1, order)))
     assert turned.flatten(-2).T.is_contiguous()
+
+
+@pytest.mark.parametrize("seeds", [(None, None), (1, 2)])
+def test_hadamard_matrices_by_heads_are_one_map(seeds: tuple[int | None, int | None]) -> None:
+    heads = Block([Hadamard(64, 32, seed) for seed in seeds]).double()
+    for map in (heads, Repeat(heads, repeat=3, heads=2)):
+        one, x = joined(map), gaussian(64, map.size)
+        assert isinstance(one, Hadamard) and one.order == 32
+        assert torch.equal(one.transposed_solve(x), map.transposed_solve(x))
+        assert torch.equal(one.solve(x), map.solve(x))
+
+
+@pytest.mark.parametrize(
+    "map",
+    [
+        Block([Hadamard(64, 32), Hadamard(64, 16)]),
+        Block([Hadamard(64, 32), Hadamard(64, 32, 0)]),
+        Block([Hadamard(12, 8), Hadamard(12, 8)]),
+        Block([Hadamard(64, 32), Diagonal(torch.ones(64))]),
+        Repeat(Block([Hadamard(64, 32), Hadamard(64, 32)]), repeat=2, heads=4),
+        Hadamard(64, 32),
+    ],
+)
+def test_other_maps_are_not_joined(map: Transform) -> None:
+    assert joined(map) is map
 
 
 def test_wrappers_are_the_matrices_of_their_names() -> None:

@@ -15,7 +15,7 @@ from latmix.model.products import VECTORS, products
 from latmix.model.source import pick_device
 from latmix.model.tensors import PIECE, rows
 from latmix.transforms import Transform
-from latmix.transforms.hadamard import Hadamard
+from latmix.transforms.hadamard import Hadamard, joined
 
 AGREEMENT = 2.0**-20
 """Largest relative error of a folded linear on random vectors. Casting to float32 makes 2⁻²⁵ on average, float64 with
@@ -32,6 +32,7 @@ class Folding:
     def __init__(
         self, width: int, source: Transform | None, target: Transform | None, *, shifts: int, where: str
     ) -> None:
+        source, target = (map and joined(map) for map in (source, target))
         self._source, self._target, self._shifts, self._where = source, target, shifts, where
         probes = torch.randn(VECTORS, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         probes = probes.to(pick_device())

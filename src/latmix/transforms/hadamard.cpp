@@ -1,23 +1,34 @@
 // Hadamard matrices of order up to 32 in float64: x is (outer, order, inner), and the matrix acts in the middle. The
 // result may be in the place of x.
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-constexpr int ORDER = 32, STRIP = 16;
+constexpr int ORDER = 32, STRIP = 64;
 
-// Neighbours in memory. All passes are the same (Pease 1968): sums to the first half, differences to the second.
-static inline __attribute__((always_inline)) void along(const double* x, double* out, const int64_t order, double norm) {
-    double one[ORDER], other[ORDER], *from = one, *to = other;
-    std::memcpy(from, x, order * sizeof(double));
-    for (int64_t done = 1; done < order; done *= 2, std::swap(from, to))
-#pragma omp simd
-        for (int64_t i = 0; i < order / 2; i++) {
-            to[i] = from[2 * i] + from[2 * i + 1];
-            to[order / 2 + i] = from[2 * i] - from[2 * i + 1];
+typedef double Quad __attribute__((vector_size(32), aligned(8), may_alias));
+
+template <int HALF, int COUNT>
+static inline __attribute__((always_inline)) void passes(Quad (&v)[COUNT]) {
+    for (int i = 0; i < COUNT; i++)
+        if (!(i & HALF)) {
+            Quad sum = v[i] + v[i + HALF];
+            v[i + HALF] = v[i] - v[i + HALF], v[i] = sum;
         }
-    for (int64_t i = 0; i < order; i++) out[i] = from[i] * norm;
+    if constexpr (2 * HALF < COUNT) passes<2 * HALF>(v);
+}
+
+// Neighbours in memory, all in registers: first within fours, by shuffles, then between them.
+template <int COUNT>
+static inline __attribute__((always_inline)) void along(const Quad* x, Quad* out, double norm) {
+    Quad v[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        Quad p = x[i], q = Quad{p[1], p[0], p[3], p[2]} + p * Quad{1, -1, 1, -1};
+        v[i] = Quad{q[2], q[3], q[0], q[1]} + q * Quad{1, 1, -1, -1};
+    }
+    passes<1>(v);
+#pragma GCC unroll 8
+    for (int i = 0; i < COUNT; i++) out[i] = v[i] * norm;
 }
 
 // Columns `inner` apart, a strip of them at a time, which stays in the nearest cache.
@@ -45,7 +56,8 @@ extern "C" void latmix_hadamard(const double* x, double* out, int64_t outer, int
             int64_t at = block * order * inner + first;
             const double* from = x + at;
             double* to = out + at;
-            if (inner == 1) order == ORDER ? along(from, to, ORDER, norm) : along(from, to, order, norm);
+            if (inner == 1 && order == 32) along<8>((const Quad*)from, (Quad*)to, norm);
+            else if (inner == 1 && order == 16) along<4>((const Quad*)from, (Quad*)to, norm);
             else if (inner - first < STRIP) across(from, to, inner, int(inner - first), order, norm);
             else if (order == ORDER) across(from, to, inner, STRIP, ORDER, norm);
             else across(from, to, inner, STRIP, order, norm);

@@ -21,6 +21,7 @@ from torch import Tensor
 from latmix.compiled import NAME, SMALL, attempt, library
 from latmix.errors import InputError
 from latmix.transforms.base import TRANSFORMS, Transform
+from latmix.transforms.block import Block, Repeat
 
 RADIX = 64
 SOURCE, STEP = Path(__file__).with_name("hadamard.cpp"), 32
@@ -70,9 +71,13 @@ class Hadamard(Transform):
     def part(self, some: slice) -> "Hadamard":
         if self.order == self.size:
             return self
-        part = Hadamard(some.stop - some.start, self.order)
-        part.core, part.signs = self.core, None if self.signs is None else self.signs[some]
-        return part
+        return self.of_this_order(some.stop - some.start, None if self.signs is None else self.signs[some])
+
+    def of_this_order(self, size: int, signs: Tensor | None) -> "Hadamard":
+        """Matrices of the same order over so many coordinates."""
+        found = Hadamard(size, self.order)
+        found.core, found.signs = self.core, signs
+        return found
 
     def _linear(self, x: Tensor) -> Tensor:
         return self._blocks(self._flip(x))
@@ -127,6 +132,18 @@ def butterflies(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         source, order, inner = out, order // step, inner * step
         if order == 1:
             return out.movedim(-1, 0) if turned else out
+
+
+def joined(map: Transform) -> Transform:
+    """Hadamard matrices of one order by heads as a single map, which cuts nothing up; any other map as it is."""
+    inner, repeat, heads = (map.inner, map.repeat, map.heads) if isinstance(map, Repeat) else (map, 1, None)
+    if not isinstance(inner, Block) or heads not in (None, len(inner.parts)):
+        return map
+    parts = [part for part in inner.parts if isinstance(part, Hadamard) and len(part.segments) == 1]
+    signs = [part.signs.repeat(repeat) for part in parts if part.signs is not None]
+    if len(parts) < len(inner.parts) or len({part.order for part in parts}) > 1 or 0 < len(signs) < len(parts):
+        return map
+    return parts[0].of_this_order(map.size, torch.cat(signs) if signs else None)
 
 
 def sylvester(order: int) -> Float[Tensor, "order order"]:
