@@ -93,6 +93,20 @@ def test_seventy_billion_do_not_fit_a_24_gb_card(tmp_path: Path) -> None:
     assert found.longest_context(four_bits, 48e9) == int((48e9 - four_bits.device) // found.cache_per_token)
 
 
+@pytest.mark.parametrize(("recipe", "stage"), [("latmix-plus", "learn"), ("block-hadamard", "tune")])
+def test_keys_and_values_of_text_that_is_generated_are_counted(recipe: str, stage: str, tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 512, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_70B, **shape}))
+    short = {"calibration.window": "1024", "calibration.windows": "8"}
+    short |= {"tuning.batch": "1"} | ({"learning.batch": "1"} if stage == "learn" else {})
+    peaks = {}
+    for count in ("0", "8"):
+        found = plan(tmp_path, override(find(recipe), {**short, "calibration.generated": count}), ("mxfp4",))
+        peaks[count] = found.work.peak[stage]
+    cache = 64 * 1024 * 2 * found.cache_per_token  # in float32
+    assert peaks["0"] < cache < peaks["8"] < 1.5 * cache
+
+
 def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
     with pytest.raises(latmix.LatmixError, match="is not a folder"):
         plan(tmp_path / "nowhere")

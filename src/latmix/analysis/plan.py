@@ -70,14 +70,14 @@ def plan(model: Path | str, recipe: Recipe | str = recipes.DEFAULT, formats: tup
     unquantized = sum(parameter.numel() for parameter in skeleton.parameters()) * KEPT
     sizes = [Checkpoint("bfloat16", unquantized, unquantized)]
     sizes += [_checkpoint(skeleton, arch, recipe, format) for format in chosen]
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    widths = Sizes.of(_linears(skeleton, arch).values(), config)
     return Plan(
         parameters=unquantized // KEPT,
         quantized=sum(shape[0] * shape[1] for shape in _linears(skeleton, arch).values()),
         longest=config.max_position_embeddings,
-        cache_per_token=2 * config.num_hidden_layers * config.num_key_value_heads * width * KEPT,
+        cache_per_token=widths.cached * KEPT,
         checkpoints=tuple(sizes),
-        work=work(Sizes.of(_linears(skeleton, arch).values(), config), recipe),
+        work=work(widths, recipe),
     )
 
 

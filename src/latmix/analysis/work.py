@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from latmix.distill.generate import BATCH as GENERATED
 from latmix.eval.heldout import LOGITS
 from latmix.model.calibrate import BATCH
 from latmix.model.free import numbers_held
@@ -50,7 +51,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: parameters of all quantized linears, of the largest one, and of one of the two tables; widths."""
+    """Of a model: parameters of all quantized linears, of the largest one, and of one of the two tables; widths; what a
+    token leaves in keys and values."""
 
     linears: int
     largest: int
@@ -61,11 +63,13 @@ class Sizes:
     intermediate: int
     vocabulary: int
     longest: int
+    cached: int
 
     @staticmethod
     def of(linears: Collection[tuple[int, int]], config: transformers.PreTrainedConfig) -> "Sizes":
         """linears: (out, in) of every quantized one."""
         products = [rows * columns for rows, columns in linears]
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return Sizes(
             sum(products),
             max(products),
@@ -76,6 +80,7 @@ class Sizes:
             config.intermediate_size,
             config.vocab_size,
             config.max_position_embeddings,
+            2 * config.num_hidden_layers * config.num_key_value_heads * width,
         )
 
 
@@ -128,15 +133,19 @@ def _whole(s: Sizes, recipe: Recipe, stage: Distillation) -> tuple[int, int]:
     moved = 3 if recipe.learning is not None and recipe.learning.weights else 2  # rounded too, or not
     own = moved * s.linears + (s.table if recipe.folded else 0)
     teacher, gradients = s.linears + 2 * s.table, 0  # maps are small
+    first = teacher  # what is there before a step is taken
     if isinstance(stage, Tuning):
         teacher = s.table  # asked and gone, but for its head
         own, gradients = _tuned(s, stage)
+        first = teacher + own  # all of the teacher, but no moments of Adam's
     forward = kept + LEARNED[stage.objective] * batch * s.vocabulary  # gone before the last gradients are there
-    values = teacher + own + answers + max(forward, gradients)
+    # by the first stage, once
+    generated = text.generated if stage is (recipe.learning or recipe.tuning) else 0
+    writing = GENERATED * (window * s.cached + s.vocabulary) if generated else 0
+    values = max(first + writing, teacher + own + answers + max(forward, gradients))
     # teacher 2, student 6 a weight and token; rounding as much
     seen = stage.steps * stage.batch * window
-    first = recipe.learning or recipe.tuning  # the text is generated once
-    return FULL * values, 2 * (s.linears + s.table) * (8 * seen + (stage is first) * text.generated * window)
+    return FULL * values, 2 * (s.linears + s.table) * (8 * seen + generated * window)
 
 
 def _layerwise(s: Sizes, recipe: Recipe, stage: Layerwise) -> tuple[int, int]:
