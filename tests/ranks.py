@@ -1,9 +1,9 @@
 """What the processes of `test_ranks.py` run, on tiny models: `torchrun … tests/ranks.py FOLDER MODEL [DEATH]`.
 
 In FOLDER there are then, for learning with nothing rounded, learning as it is, tuning, and learning layer by layer, the
-curve (of the last none) and what was learned, text that the model wrote, and three runs: GPTQ and rounding to nearest
-without any activation, with bytes that do not depend on the number of processes, and one that is tuned. What is there
-already is not done again. At DEATH, a step of learning or "layer", the last rank kills itself.
+curve (of the last none) and what was learned, text that the model wrote beside answers of it, and three runs: GPTQ and
+rounding to nearest without any activation, with bytes that do not depend on the number of processes, and one that is
+tuned. What is there already is not done again. At DEATH, a step of learning or "layer", the last rank kills itself.
 """
 
 import dataclasses
@@ -19,13 +19,14 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import latmix
 from latmix import convert, ranks, sharding
 from latmix.archs import ARCHS
-from latmix.distill import Step, Teacher, generate, generated, learn, tune
+from latmix.distill import Answers, Step, Teacher, generate, generated, learn, tune
 from latmix.layerwise import learn_layers
 from latmix.model.attach import attach
 from latmix.model.checkpoint import share
@@ -98,9 +99,14 @@ def tuned(folder: Path, take: Take) -> dict[str, Tensor]:
 
 
 def text(folder: Path) -> dict[str, Tensor]:
-    """Nine batches that the model writes, the last one short: a rank has one to write that nobody needs."""
+    """Nine batches that the model writes, the last one short: a rank has one to write that nobody needs. And two of
+    answers. Both go on with what is there."""
+    place = folder / "text"
+    place.mkdir(exist_ok=True)
     with patch.object(generate, "BATCH", 8):
-        return {"text": generated(in_parts(), WINDOWS[:8], 68, 0, "float32", folder)}
+        written = generated(in_parts(), WINDOWS[:8], 68, 0, "float32", place)
+    answers = Answers(in_parts(), WINDOWS, place)
+    return {"text": written, "answers": answers.logits(torch.arange(len(WINDOWS)))}
 
 
 def layered(take: Take) -> dict[str, Tensor]:
