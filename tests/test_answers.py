@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 import latmix
 from latmix.archs import ARCHS
 from latmix.distill import Answers, Teacher
+from latmix.distill.answers import asked
 from latmix.errors import FailedError, WriteError
+from latmix.recipe import Learning
 from tests.models import known, tiny
 from tests.test_pipeline import save_tiny
 from tests.test_progress import Told, of
@@ -147,6 +149,8 @@ def test_answers_that_are_no_numbers_are_refused_by_the_window() -> None:
     windows[9, 5] = 7
     with pytest.raises(FailedError, match="window 9"):
         Answers(known(model), windows)
+    with pytest.raises(FailedError, match="window 9"):
+        asked(known(model), windows, torch.tensor([2, 9]), windows[:1], Learning(), None, None)
 
 
 class Stop(Told):

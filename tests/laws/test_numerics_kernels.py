@@ -1,5 +1,7 @@
 """Kernels are held to the reference, bit for bit where nothing is summed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -134,7 +136,7 @@ def test_the_gradient_kernels_differ_from_their_reference_by_the_order_of_a_sum(
 
 
 def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
+    def missing(_: Path) -> None:
         raise FileNotFoundError("No such file or directory: 'c++'")
 
     monkeypatch.setattr(native, "library", missing)

@@ -36,6 +36,7 @@ class Answers:
             None: they stay in memory.
         compute: of the recipe.
         progress: told of every batch.
+        numbers: which windows of the caller these are; they are counted from zero unless given.
 
     Cost: one forward of every window that is not answered yet, for which the teacher is loaded; windows · window ·
         hidden size numbers in the dtype of the products; of what is answered, one pass over the file.
@@ -53,11 +54,13 @@ class Answers:
         folder: Path | None = None,
         compute: str = COMPUTE[0],
         progress: Progress | None = None,
+        numbers: Int[Tensor, " windows"] | None = None,
     ) -> None:
         self.compute, self._head = compute, teacher.head
         dtype = torch.bfloat16 if compute == "bfloat16" else teacher.head.weight.dtype
         shape = (len(windows), windows.shape[1], teacher.head.in_features)
-        ask = partial(_ask, teacher, windows, compute, dtype, progress or Progress())
+        numbers = torch.arange(len(windows)) if numbers is None else numbers
+        ask = partial(_ask, teacher, windows, numbers, compute, dtype, progress or Progress())
         if folder is None:
             self._hidden = torch.cat([*ask(0)])
         else:
@@ -75,6 +78,7 @@ class Answers:
 def _ask(
     teacher: Teacher,
     windows: Int[Tensor, "windows window"],
+    numbers: Int[Tensor, " windows"],
     compute: str,
     dtype: torch.dtype,
     progress: Progress,
@@ -92,7 +96,7 @@ def _ask(
             found = model.base_model(windows[ranks.own(rows)].to(device), use_cache=False).last_hidden_state
         hidden = ranks.gathered(found, len(rows))
         if not (finite := hidden.isfinite().flatten(1).all(1)).all():
-            first = int(rows[~finite.cpu()][0])
+            first = int(numbers[rows[~finite.cpu()]][0])
             raise FailedError(f"The unquantized model gives NaN or infinity on window {first}.")
         yield hidden.to("cpu", dtype).contiguous()
         progress.advance()
@@ -101,15 +105,16 @@ def _ask(
 def asked(
     teacher: Teacher,
     windows: Int[Tensor, "learn window"],
+    used: Int[Tensor, " used"],
     held_out: Int[Tensor, "held_out window"],
     schedule: Distillation,
     folder: Path | None,
     progress: Progress | None,
 ) -> tuple[Answers | None, Answers]:
-    """The answers to the windows that are learned from, if the objective needs them, and to the held-out ones; then the
-    teacher is dismissed."""
+    """The answers to the windows that are used, if the objective needs them, and to the held-out ones; then the teacher
+    is dismissed."""
     ask = partial(Answers, teacher, folder=folder, compute=schedule.compute, progress=progress)
-    found = ask(windows) if schedule.objective == "kl" else None, ask(held_out)
+    found = ask(windows[used], numbers=used) if schedule.objective == "kl" else None, ask(held_out)
     teacher.dismiss()
     return found
 

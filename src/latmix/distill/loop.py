@@ -138,7 +138,7 @@ def distill(
     course = None if snapshot is None else load(snapshot, name, student.learned, optimizer)
     folder = None if snapshot is None else snapshot.parent
     used, order = _order(len(windows), schedule, seed).unique(return_inverse=True)
-    answers, others = asked(teacher, windows[used], held_out, schedule, folder, progress)
+    answers, others = asked(teacher, windows, used, held_out, schedule, folder, progress)
     measure = partial(mean_divergences, others, student, held_out)
     if course is None:
         start, learned = measure(), student.learned

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latmix import compiled
+from latmix.compiled import library
 from latmix.numerics.formats import BlockFormat, Element
 
 NAME = compiled.NAME
@@ -48,11 +49,6 @@ class Constants(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("max", "smallest_normal", "step", "units")),
         *((name, ctypes.c_int32) for name in ("away", "complement", "bits", "shift", "offset")),
     ]
-
-
-def library() -> ctypes.CDLL:
-    """Raises: OSError: no compiler. subprocess.CalledProcessError: it failed."""
-    return compiled.library(SOURCE)
 
 
 @functools.cache
@@ -99,7 +95,7 @@ def pack(codes: Tensor) -> Tensor:
     out = codes.new_empty(*codes.shape[:-1], codes.shape[-1] // 2)
     threads = min(torch.get_num_threads(), 1 + out.numel() // GRAIN)
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (codes, out))
-    library().latmix_pack(*pointers, ctypes.c_int64(out.numel()), threads)
+    library(SOURCE).latmix_pack(*pointers, ctypes.c_int64(out.numel()), threads)
     return out
 
 
@@ -112,7 +108,7 @@ def scale_gradient(gradient: Tensor, x: Tensor, quantized: Tensor, fmt: BlockFor
 def _empty_like(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if out.nbytes >= MAPPED:
-        library().latmix_expect_writing(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
+        library(SOURCE).latmix_expect_writing(ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(out.nbytes))
     return out
 
 
@@ -123,7 +119,7 @@ def round_columns(
     columns, rows = weight.shape
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, wanted, error, feedback, scales))
     sizes = (ctypes.c_int64(columns), ctypes.c_int64(rows), ctypes.byref(constants(fmt)), torch.get_num_threads())
-    library().latmix_columns(*pointers, *sizes)
+    library(SOURCE).latmix_columns(*pointers, *sizes)
     return True
 
 
@@ -132,4 +128,4 @@ def _call(name: str, first: Tensor, *others: Tensor | None, fmt: BlockFormat) ->
     pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in (first, *others)]
     half, blocks = first.dtype == torch.bfloat16, ctypes.c_int64(first.numel() // fmt.block)
     threads = min(torch.get_num_threads(), 1 + first.numel() // GRAIN)
-    getattr(library(), name)(ctypes.c_bool(half), *pointers, blocks, ctypes.byref(constants(fmt)), threads)
+    getattr(library(SOURCE), name)(ctypes.c_bool(half), *pointers, blocks, ctypes.byref(constants(fmt)), threads)
