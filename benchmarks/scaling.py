@@ -9,10 +9,10 @@ and GPTQ on 8 windows of 128 tokens, and measured on 8 more.
 Reported, as a table of docs/results/scaling.md: the largest resident memory that the kernel saw (VmHWM: with the pages
 of mapped files, which are the checkpoint's own and can be dropped), the largest anonymous part of it (sampled every
 20 ms: what really has to be there), seconds by the clock and of the processor, seconds by stage (what is in none is
-checksums of the original, and preparation), and the exponents p of cost ∝ size^p. Beside rounding
-to nearest stand two limits, measured just before on the same disk: reading every byte of the checkpoint once, and
-copying it, until the copy is on the disk. Before each of them, and before every run, the checkpoint's pages are put out
-of the page cache; what a run reads a second time may come from there.
+checksums of the original, and preparation), and the exponents p of cost ∝ size^p. Beside rounding to nearest stand two
+limits, measured just before on the same disk: reading every byte of the checkpoint once, and copying it, until the copy
+is on the disk. Before each of them, and before every run, the checkpoint's pages are put out of the page cache; what a
+run reads a second time may come from there.
 """
 
 import argparse

@@ -95,7 +95,7 @@ def _gone_on(
             logits = model(ids[:, at - 1 : at], **cache, use_cache=True).logits[:, -1].float()
         if not logits.isfinite().all():
             raise FailedError("The unquantized model gives NaN or infinity on text that it writes itself.")
-        sums = (logits / TEMPERATURE).softmax(-1).cumsum(-1)  # multinomial takes ten times as long
+        sums = (logits / TEMPERATURE).softmax(-1).cumsum(-1)  # multinomial takes twenty times as long
         drawn = torch.searchsorted(sums, sums[:, -1:] * torch.rand(count, 1, generator=generator, device=device))
         ids[:, at : at + 1] = torch.where(at < given, ids[:, at : at + 1], drawn)
     return ids

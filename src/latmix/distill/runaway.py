@@ -25,5 +25,5 @@ def diverged(what: str, course: Course, schedule: Distillation) -> DivergedError
     """What to raise after the last step of this course."""
     return DivergedError(
         f"Learning diverged after step {course.step}: {what}; choose a smaller {schedule.key}.lr than {schedule.lr}. "
-        f"The best state so far (held-out KL {course.best:.4g}) is kept."
+        f"The best state so far is kept; the lowest held-out KL was {course.best:.4g}."
     )
