@@ -93,21 +93,22 @@ static inline void tile(const T* x, const float* given, int count, const Format&
     for (int b = 0; b < count; b++) each(b, scales[b], inverses[b]);
 }
 
-static inline void put(float x, float, float& out) { out = x; }
-static inline void put(float x, float, bfloat16& out) { store(x, out); }
-static inline void put(float x, bfloat16, bfloat16& out) { out.bits = as<uint32_t>(x) >> 16; }
+static inline void put(float x, float& out) { out = x; }
+static inline void put(float x, bfloat16& out) { out.bits = as<uint32_t>(x) >> 16; }  // which holds what any format does
+
+template <class T, class U>
+static inline void quantize_block(const T* x, U* out, float scale, float inverse, const Format& f) {
+#pragma omp simd
+    for (int64_t i = 0; i < f.block; i++) {
+        float y = wide(x[i]) * inverse;
+        put(with_sign(nearest(y, f), y, f) * scale, out[i]);
+    }
+}
 
 template <class T, class U>
 static inline void quantize_as(const T* x, U* out, int count, const Format& f) {
-    tile(x, nullptr, count, f, [=, &f](int b, float scale, float inverse) {
-        const T* from = x + b * f.block;
-        U* to = out + b * f.block;
-#pragma omp simd
-        for (int64_t i = 0; i < f.block; i++) {
-            float y = wide(from[i]) * inverse;
-            put(with_sign(nearest(y, f), y, f) * scale, from[i], to[i]);
-        }
-    });
+    tile(x, nullptr, count, f,
+         [=, &f](int b, float scale, float inverse) { quantize_block(x + b * f.block, out + b * f.block, scale, inverse, f); });
 }
 
 template <class T, class U>
@@ -119,6 +120,28 @@ static inline void quantize(const T* x, U* out, int count, const Format& f) {
     } else quantize_as(x, out, count, f);
 }
 
+// E2M1 in bfloat16, as integers of sixteen bits, of which a vector holds twice as many as floats: a magnitude loses its
+// last six bits, to nearest even, and below the scale there are three numbers. Blocks of 32 whose scale has neighbours.
+static inline void quantize(const bfloat16* x, bfloat16* out, int count, const Format& f) {
+    if (f.block != 32 || f.max != 6 || f.smallest_normal != 1 || f.step != 0.5f || f.away) return quantize_as(x, out, count, f);
+    Format usual = f;
+    usual.block = 32;
+    tile(x, nullptr, count, usual, [=, &f](int b, float scale, float inverse) {
+        const bfloat16* from = x + b * 32;
+        bfloat16* to = out + b * 32;
+        if (!(scale >= 0x1p-120f && scale <= 0x1p120f)) return quantize_block(from, to, scale, inverse, f);
+        const int16_t one = as<uint32_t>(scale) >> 16, half = one - 0x80, quarter = one - 0x100, six = one + 0x140;
+        const int16_t three_quarters = one - 0x40;
+#pragma omp simd
+        for (int i = 0; i < 32; i++) {
+            int16_t m = from[i].bits & 0x7fff, even = m >> 6 & 1, rounded = (m + 0x1f + even) & ~0x3f;
+            int16_t large = rounded < six ? rounded : six, small = m > quarter ? half : int16_t(0);
+            small = m < three_quarters ? small : one;
+            to[i].bits = (m < one ? small : large) | (from[i].bits & 0x8000);
+        }
+    });
+}
+
 template <class T>
 static void values(const T* x, T* out, int64_t blocks, const Format& f, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -126,9 +149,22 @@ static void values(const T* x, T* out, int64_t blocks, const Format& f, int thre
         quantize(x + b * f.block, out + b * f.block, std::min<int64_t>(TILE, blocks - b), f);
 }
 
-// By the Hadamard matrix, in place. All its passes are the same: sums of neighbours to the first half, differences to the
-// second. The block is the compiler's where the caller has a constant.
-static inline __attribute__((always_inline)) void rotate(float* v, float* u, const int64_t block, float norm) {
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+
+// By the Hadamard matrix of order 32, in place, all in registers: first within eights, by shuffles, then between them.
+static inline void rotate(float* x, float norm) {
+    Eight v[4];
+    for (int i = 0; i < 4; i++) {
+        Eight p = ((Eight*)x)[i], q = Eight{p[1], p[0], p[3], p[2], p[5], p[4], p[7], p[6]} + p * Eight{1, -1, 1, -1, 1, -1, 1, -1};
+        Eight r = Eight{q[2], q[3], q[0], q[1], q[6], q[7], q[4], q[5]} + q * Eight{1, 1, -1, -1, 1, 1, -1, -1};
+        v[i] = Eight{r[4], r[5], r[6], r[7], r[0], r[1], r[2], r[3]} + r * Eight{1, 1, 1, 1, -1, -1, -1, -1};
+    }
+    Eight a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3], *out = (Eight*)x;
+    out[0] = (a + c) * norm, out[1] = (b + d) * norm, out[2] = (a - c) * norm, out[3] = (b - d) * norm;
+}
+
+// The same of any order. All passes are the same: sums of neighbours to the first half, differences to the second.
+static inline void rotate(float* v, float* u, int64_t block, float norm) {
     for (int64_t order = 1; order < block; order *= 2) {
         std::memcpy(u, v, block * sizeof(float));
 #pragma omp simd
@@ -157,7 +193,7 @@ static void rotated_values(const T* x, T* out, int64_t blocks, const Format& f, 
             for (int c = 0; c < count; c++) {
                 float *v = tile + c * f.block, *u = before.data()->numbers;
                 for (int64_t i = 0; i < f.block; i++) v[i] = wide(x[(b + c) * f.block + i]);
-                f.block == 32 ? rotate(v, u, 32, norm) : rotate(v, u, f.block, norm);
+                f.block == 32 ? rotate(v, norm) : rotate(v, u, f.block, norm);
             }
             quantize<float>(tile, out + b * f.block, count, f);
         }
