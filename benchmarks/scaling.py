@@ -8,11 +8,11 @@ own: read, maps folded, weights rounded, shards written, no activation computed;
 and GPTQ on 8 windows of 128 tokens, and measured on 8 more.
 Reported, as a table of docs/results/scaling.md: the largest resident memory that the kernel saw (VmHWM: with the pages
 of mapped files, which are the checkpoint's own and can be dropped), the largest anonymous part of it (sampled every
-20 ms: what really has to be there), seconds by the clock and of the processor, seconds by stage (what is in none is
-checksums of the original, and preparation), and the exponents p of cost ∝ size^p. Beside rounding to nearest stand two
-limits, measured just before on the same disk: reading every byte of the checkpoint once, and copying it, until the copy
-is on the disk. Before each of them, and before every run, the checkpoint's pages are put out of the page cache; what a
-run reads a second time may come from there.
+20 ms: what really has to be there), seconds by the clock and of the processor, seconds for embedding and head, for the
+layers, and for the rest (checksums of the original, and preparation), and the exponents p of cost ∝ size^p. Beside
+rounding to nearest stand two limits, measured just before on the same disk: reading every byte of the checkpoint once,
+and copying it, until the copy is on the disk. Before each of them, and before every run, the checkpoint's pages are put
+out of the page cache; what a run reads a second time may come from there.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def exponent(results: list[dict[str, Any]], key: str) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
 
 
-STAGES = {"fold": "folding", "load": "reading", "quantize": "rounding", "save": "writing"}
+STAGES = {"fold": "tables", "quantize": "layers"}
 ROUNDED_TABLE = ("shape", "recipe", "parameters", "resident, MiB", "anonymous, MiB", "seconds", "of the processor",
                  *STAGES.values(), "checksums, rest", "read", "times that", "copy", "times that")  # fmt: skip
 WORK = {"fold": "folding", "quantize": "quantizing", "measure": "measuring"}
@@ -182,8 +182,8 @@ CALIBRATED_TABLE = ("shape", "parameters", "resident, MiB", "anonymous, MiB", *W
 
 
 def rounded_row(size: str, recipe: str, found: dict[str, Any]) -> list[str]:
-    rest = found["seconds"] - sum(found["stages"].values())
-    times = [found["seconds"], found["processor"], *(found["stages"][name] for name in STAGES), rest]
+    stages = [found["stages"][name] for name in STAGES]
+    times = [found["seconds"], found["processor"], *stages, found["seconds"] - sum(stages)]
     words = [*_memory(found), *(f"{seconds:.1f}" for seconds in times)]
     for limit in (found["reading"], found["copying"]):
         words += [f"{limit:.1f}", f"{found['seconds'] / limit:.2f}"]

@@ -4,7 +4,7 @@ import copy
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,11 +84,19 @@ def test_without_calibration_and_measurement_no_activation_is_computed(
         quantize(model, tmp_path / "learned", "latmix-lu", **{"calibration.held_out": "0"})
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("weights", "rows"), [("mxfp4:scale=even", {1, 16, 32}), ("nvfp4", {1, 16})])
 def test_where_no_activation_is_computed_some_rows_are_in_memory(
-    weights: str, rows: set[int], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: str, rows: set[int], threads: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many they are changes nothing: those of a head, of a block, or what fills a piece."""
+    """How many they are changes nothing: those of a head, of a block, or what fills a piece; nor do the threads."""
     alone = {"quantizer": "rtn", "calibration.held_out": "0", "weights": weights, "activations": "none"}
     together = quantize(model, tmp_path / "whole", "block-hadamard", **alone)
     seen, right = set[int](), fold_linear.Folding.move

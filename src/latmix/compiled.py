@@ -9,6 +9,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +25,19 @@ SMALL = 1 << 12
 
 P, T = ParamSpec("P"), TypeVar("T")
 
+_COMPILING = threading.Lock()
 _used: set[str] = set()
 _failures: dict[str, str] = {}
 
 
-@functools.cache
 def library(source: Path) -> ctypes.CDLL:
     """Raises: OSError: no compiler. subprocess.CalledProcessError: it failed."""
+    with _COMPILING:  # of several threads that want it first, one compiles
+        return _library(source)
+
+
+@functools.cache
+def _library(source: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / source.with_suffix(".so").name
         subprocess.run(

@@ -4,7 +4,7 @@ Each layer is read, its norm gains absorbed, folded, checked, its weights quanti
 it produce, written, and forgotten; the held-out windows go along and are measured at the end. A layer is done when its
 file is there, and what enters the next one is on the disk before that: so a pass that was killed goes on with the layer
 it was at. Where nothing is calibrated and nothing measured, no activation is computed, and of a layer no more than some
-rows of a linear are there at a time: all of them where the map that they go through is dense.
+rows of a linear are there at a time, for each thread: all of them where the map that they go through is dense.
 
 Ranks share out what is computed of a layer: the calibration windows, the linears that read an input, the three ways of
 the held-out ones; the first writes it. Where no activation is computed, every layer is one rank's. Given up: sharing
@@ -16,11 +16,12 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from latmix import ranks
@@ -45,6 +46,8 @@ from latmix.rundir import behind
 from latmix.stages import Stages
 from latmix.transforms import evaluated_once
 from latmix.weights import WeightQuantizer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,55 +167,60 @@ class Conversion:
         empty(layer)
 
     def _linears(self, index: int, write: Callable[[Callable[[], None]], None]) -> None:
-        """A layer that computes nothing: some rows of a linear in memory, or the linears that share a tensor scale; and
-        the codes of the layer before, while they are written."""
-        task, layer, path, stage = self.task, self.layers[index], f"{self.arch.layers}.{index}", self.stages.stage
+        """A layer that computes nothing: some rows of a linear in memory for each thread, or the linears that share a
+        tensor scale; and the codes of the layer before, while they are written."""
+        task, layer, path = self.task, self.layers[index], f"{self.arch.layers}.{index}"
         stored: dict[str, Tensor] = {}
-        with stage("load"):
+        with self.stages.stage("quantize"):
             self.source.fill(layer, path, left_out=[f"{name}.weight" for name in self.arch.linears])
-        for spot in self.arch.inputs:
-            pieces = {name: self._folded(index, spot, name) for name in spot.readers}
-            scale = None
-            if task.weights.scale_element != "e8m0":
-                whole = {name: torch.cat(list(folded)) for name, folded in pieces.items()}
-                scale = shared_scale(list(whole.values()), task.weights)
-                pieces = {name: iter([weight]) for name, weight in whole.items()}
-            for name, folded in pieces.items():
-                packing = checkpoint.Packing(linear(layer, name).weight.shape, task.weights)
-                for piece in folded:
-                    with stage("quantize"), _named(f"{path}.{name}"):
-                        found = task.quantizer(piece, None, task.weights, scale)
-                    with stage("save"):
-                        packing.add(found)
-                stored |= packing.named(name)
-        with stage("fold"):
+            for spot in self.arch.inputs:
+                packing = {
+                    name: checkpoint.Packing(linear(layer, name).weight.shape, task.weights) for name in spot.readers
+                }
+                if task.weights.scale_element == "e8m0":
+                    for name in spot.readers:
+                        self._folded(index, spot, name, partial(self._pack, f"{path}.{name}", packing[name], None))
+                else:
+                    whole = {
+                        name: torch.cat(self._folded(index, spot, name, lambda rows, at: rows)) for name in spot.readers
+                    }
+                    scale = shared_scale(list(whole.values()), task.weights)
+                    for name, weight in whole.items():
+                        self._pack(f"{path}.{name}", packing[name], scale, weight, 0)
+                for name in spot.readers:
+                    stored |= packing[name].named(name)
             reset_gains(layer, self.arch)
             fold_norms(layer, self.arch, self.wide, index)
-        with stage("save"):
+        with self.stages.stage("save"):
             file, kept = self.shards / layer_file(index), layer.state_dict()
             write(lambda: checkpoint.write_layer(file, path, kept, stored, {}))
         empty(layer)
 
-    def _folded(self, index: int, spot: Input, name: str) -> Iterator[Tensor]:
-        """The rows of a linear in its bases, some at a time; its bias is in its place when they are through."""
-        layer, stage = self.layers[index], self.stages.stage
+    def _folded(self, index: int, spot: Input, name: str, then: Callable[[Tensor, int], T]) -> list[T]:
+        """What `then` makes of the rows of a linear in its bases and of the first one's number, some rows at a time, on
+        several threads; afterwards its bias is in its place."""
+        layer, place = self.layers[index], linear(self.layers[index], name)
         change = folding(layer, self.arch, self.wide, index, name, **self._place(index))
-        together, place, biases, at = 1 if change is None else change.together, linear(layer, name), list[Tensor](), 0
-        pieces = self.source.pieces(f"{self.arch.layers}.{index}.{name}.weight", together)
-        while True:
-            with stage("load"):
-                if (piece := next(pieces, None)) is None:
-                    break
-                absorb_rows(layer, spot, piece)
-            with stage("fold"):
-                bias: Tensor | None = None if place.bias is None else place.bias[at : at + len(piece)]
-                bias = bias if change is None else change.move(piece, bias, at)
-            at += len(piece)
-            if bias is not None:
-                biases.append(bias)
-            yield piece
-        if biases:
+
+        def moved(rows: Tensor, at: int) -> tuple[Tensor | None, T]:
+            absorb_rows(layer, spot, rows)
+            bias: Tensor | None = None if place.bias is None else place.bias[at : at + len(rows)]
+            bias = bias if change is None else change.move(rows, bias, at)
+            return bias, then(rows, at)
+
+        together = 1 if change is None else change.together
+        found = list(self.source.pieces(f"{self.arch.layers}.{index}.{name}.weight", moved, together))
+        if biases := [bias for bias, _ in found if bias is not None]:
             place.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        return [made for _, made in found]
+
+    def _pack(
+        self, where: str, packing: checkpoint.Packing, scale: Tensor | None, rows: Float[Tensor, "rows n"], at: int
+    ) -> None:
+        """Quantize rows of the linear at `where` and put their codes to the others'."""
+        with _named(where):
+            found = self.task.quantizer(rows, None, self.task.weights, scale)
+        packing.add(found, at)
 
     def _place(self, index: int) -> dict[str, Any]:
         return {"heads": self.source.config.num_key_value_heads, "last": index == len(self.layers) - 1}

@@ -59,20 +59,20 @@ def round_kept(module: nn.Module, quantized: Collection[str]) -> None:
 
 
 class Packing:
-    """What is stored of one linear, some rows at a time. shape: of its weight."""
+    """What is stored of one linear, some rows at a time, in any order. shape: of its weight."""
 
     def __init__(self, shape: tuple[int, ...], format: BlockFormat) -> None:
-        (rows, columns), self._bits, self._at = shape, format.element.bits, 0
+        (rows, columns), self._bits = shape, format.element.bits
         self._codes = torch.empty(rows, -(-columns * self._bits // 8), dtype=torch.uint8)
         self._scales = torch.empty(rows, -(-columns // format.block), dtype=torch.uint8)
         self._tensor_scale: Tensor | None = None
 
-    def add(self, found: Quantized) -> None:
-        """The next rows."""
-        self._scales[self._at : self._at + len(found.codes)] = found.scales
+    def add(self, found: Quantized, at: int = 0) -> None:
+        """Some rows. at: the first one's number."""
+        self._scales[at : at + len(found.codes)] = found.scales
         for codes in rows(found.codes):
-            self._codes[self._at : self._at + len(codes)] = pack(codes, self._bits)
-            self._at += len(codes)
+            self._codes[at : at + len(codes)] = pack(codes, self._bits)
+            at += len(codes)
         self._tensor_scale = found.tensor_scale
 
     def named(self, path: str) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ import functools
 import hashlib
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
@@ -30,6 +32,12 @@ from latmix.model.tensors import FLOATS, Tensors
 from latmix.numerics.rounding import finite
 from latmix.progress import Progress
 from latmix.rundir import digests, read_json
+from latmix.threads import in_order
+
+T = TypeVar("T")
+
+READERS = 16
+"""Threads that share the pieces of a tensor at most: more would wait for the one that reads them from the disk."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +74,34 @@ class Source:
     def tensor(self, parameter: str) -> Tensor:
         """In float32. Raises: DamagedError: it cannot be read, or is not finite."""
         shape = self.tensors.stored[self.name(parameter)].shape
-        whole, at = torch.empty(shape, device=pick_device()), 0
-        for piece in self.pieces(parameter):
+        whole = torch.empty(shape, device=pick_device())
+
+        def put(piece: Tensor, at: int) -> None:
             whole[at : at + len(piece)] = piece
-            at += len(piece)
+
+        deque(self.pieces(parameter, put), maxlen=0)
         return whole
 
-    def pieces(self, parameter: str, together: int = 1) -> Iterator[Tensor]:
-        """The same, some rows at a time, in whole runs of `together`."""
-        name = self.name(parameter)
+    def pieces(self, parameter: str, work: Callable[[Tensor, int], T], together: int = 1) -> Iterator[T]:
+        """What `work` makes of some rows at a time, in float32, and of the first one's number: in whole runs of
+        `together`, on as many threads as torch has, up to `READERS` (`threads.in_order`).
+
+        Raises: DamagedError: as `tensor`.
+        """
+        name, device = self.name(parameter), pick_device()
         if 1 < together == self.tensors.stored[name].shape[0]:
-            yield self.tensor(parameter)
+            yield work(self.tensor(parameter), 0)
             return
-        for piece in self.tensors.pieces(name, together):
-            wide = piece.to(pick_device(), torch.float32)
+
+        def widened(found: tuple[int, Tensor]) -> T:
+            at, piece = found
+            wide = piece.to(device, torch.float32)
             if not finite(wide):
                 raise DamagedError(f"The tensor '{name}' in '{self.path}' holds NaN or infinity.")
-            yield wide
+            return work(wide, at)
+
+        threads = min(torch.get_num_threads(), READERS) if device.type == "cpu" else 1
+        yield from in_order(widened, self.tensors.pieces(name, together), threads)
 
     def fill(
         self, module: nn.Module, path: str, left_out: Collection[str] = (), progress: Progress | None = None

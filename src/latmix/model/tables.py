@@ -18,9 +18,11 @@ from latmix.model.tensors import Rows, write
 def write_embedding(source: Source, maps: Maps, file: Path) -> None:
     """maps: in float64. Raises: LatmixError: bad numbers, a full disk."""
     name, stream = f"{source.arch.embedding}.weight", maps.stream(source.arch)
-    pieces = source.pieces(name)
-    moved = pieces if stream is None else (fold_embedding(piece, stream) for piece in pieces)
-    write(file, {name: Rows(source.tensors.stored[name].shape, KEPT, (piece.to(KEPT) for piece in moved))}, {})
+
+    def moved(piece: Tensor, at: int) -> Tensor:
+        return (piece if stream is None else fold_embedding(piece, stream)).to(KEPT)
+
+    write(file, {name: Rows(source.tensors.stored[name].shape, KEPT, source.pieces(name, moved))}, {})
 
 
 @torch.no_grad()
@@ -35,13 +37,16 @@ def write_head(source: Source, maps: Maps, file: Path) -> None:
     folding = None if stream is None else head_folding(len(gain), stream)
     biases: list[Tensor] = []
 
+    def moved(piece: Tensor, at: int) -> tuple[Tensor, Tensor | None]:
+        absorb(gain, piece)
+        bias = None if folding is None else folding.move(piece, None, at)
+        return piece.to(KEPT), None if bias is None else bias.to(KEPT)
+
     def pieces() -> Iterator[Tensor]:
-        for piece in source.pieces(head):
-            absorb(gain, piece)
-            bias = None if folding is None else folding.move(piece, None, 0)
+        for piece, bias in source.pieces(head, moved):
             if bias is not None:
-                biases.append(bias.to(KEPT))
-            yield piece.to(KEPT)
+                biases.append(bias)
+            yield piece
 
     shape = source.tensors.stored[source.name(head)].shape
     tensors: dict[str, Tensor | Rows] = {norm: torch.ones_like(gain, dtype=KEPT), head: Rows(shape, KEPT, pieces())}

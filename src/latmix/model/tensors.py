@@ -58,9 +58,9 @@ class Tensors:
             raise DamagedError(f"'{name}' in '{shard}' cannot be read: {error}.") from error
         return found
 
-    def pieces(self, name: str, together: int = 1) -> Iterator[Tensor]:
-        """The tensor's rows, about `PIECE` elements and whole runs of `together` at a time, each piece in memory of its
-        own.
+    def pieces(self, name: str, together: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """The tensor's rows, about `PIECE` elements and whole runs of `together` at a time, after the first one's
+        number; each piece in memory of its own.
 
         Raises: DamagedError: there is no such tensor, or its file is damaged.
         """
@@ -74,7 +74,7 @@ class Tensors:
                     piece = torch.empty((min(step, count - at), *each), dtype=dtype)
                     if file.readinto(piece.view(torch.uint8).numpy().data) != piece.nbytes:
                         raise DamagedError(f"'{stored.shard}' was cut short while it was read.")
-                    yield piece
+                    yield at, piece
         except OSError as error:
             raise DamagedError(f"'{name}' in '{stored.shard}' cannot be read: {error}.") from error
 

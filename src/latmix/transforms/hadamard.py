@@ -12,6 +12,7 @@ time: a tenth of the products' time, and the same sums on every machine.
 """
 
 import ctypes
+import functools
 from pathlib import Path
 
 import torch
@@ -146,6 +147,7 @@ def joined(map: Transform) -> Transform:
     return parts[0].of_this_order(map.size, torch.cat(signs) if signs else None)
 
 
+@functools.cache
 def sylvester(order: int) -> Float[Tensor, "order order"]:
     """The Hadamard matrix of a power of two, entries ±1, symmetric."""
     matrix = torch.ones(1, 1)
