@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from latmix.numerics import parse_format
+from latmix.numerics.fakequant import quantized_values
 from latmix.threads import in_order
 
 
@@ -63,3 +65,12 @@ def test_an_error_comes_in_its_turn() -> None:
         for item in in_order(work, range(9), 2):
             found.append(item)
     assert found == [0, 1, 2, 3]
+
+
+def test_a_compiled_reference_takes_one_thread_at_a_time() -> None:
+    """torch.compile falls over its own feet where two threads compile."""
+    format = parse_format("mxfp4:scale=search")
+    pieces = [*torch.randn(5, 32, 2048, generator=torch.Generator().manual_seed(0))]
+    together = list(in_order(lambda piece: quantized_values(piece, format), pieces, 3))
+    for one, piece in zip(together, pieces, strict=True):
+        assert torch.equal(one, quantized_values.reference(piece, format))  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ a kernel costs more than it saves; so does everything on a machine without a com
 
 import functools
 import importlib.util
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,19 +89,20 @@ def kernel(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Recorded:
-    """A reference, compiled for each format, dtype and device that it meets; it is given rows of one block each."""
+    """A reference, compiled for each format, dtype and device that it meets; it is given rows of one block each. One
+    thread at a time: torch.compile is not made for several."""
 
     def __init__(self, reference: Callable[..., Tensor]) -> None:
-        self.reference = reference
+        self.reference, self._alone = reference, threading.Lock()
         self.compiled: dict[tuple[BlockFormat, torch.dtype, torch.device], Callable[..., Tensor]] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:
         *blocks, format = arguments
         rows = [block.view(-1, block.shape[-1]) for block in blocks]
         key = (format, rows[0].dtype, rows[0].device)
-        if key not in self.compiled:
-            self.compiled[key] = self._compile(rows, format)
-        with torch.no_grad():
+        with self._alone, torch.no_grad():
+            if key not in self.compiled:
+                self.compiled[key] = self._compile(rows, format)
             return self.compiled[key](*rows).view(blocks[0].shape)
 
     def _compile(self, rows: list[Tensor], format: BlockFormat) -> Callable[..., Tensor]:
