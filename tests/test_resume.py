@@ -301,6 +301,24 @@ def test_config_and_tokenizer_of_a_half_done_run_are_under_checksum(
     assert quantize(model, tmp_path / "run").path == tmp_path / "run"
 
 
+def test_what_was_lost_of_a_run_that_only_wants_its_seal_is_missed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("latmix.workspace.finish", killed)
+        quantize(model, tmp_path / "run")
+    file = tmp_path / "run.partial" / "config.json"
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(DamagedError, match=r"config\.json' was written and is gone; remove '.*run\.partial'"):
+        quantize(model, tmp_path / "run")
+    file.write_bytes(content)
+    restore(quantize(model, tmp_path / "run").path)
+
+
 def test_a_layer_that_no_checksum_covers_is_refused(whole: dict[str, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole["block-hadamard"], tmp_path / "run"))
     shutil.copy(run / "quantized-layer-00001.safetensors", run / "quantized-layer-00007.safetensors")

@@ -24,13 +24,14 @@ from latmix.rundir import (
     LOCK,
     LOG,
     RECIPE,
+    SUMMARY,
     locked,
     partial_of,
     read_json,
     write_json,
     write_text,
 )
-from latmix.seal import compare_noted, finish
+from latmix.seal import compare_noted, finish, noted
 
 WORK = "work"
 GENERATE, ASK, LEARN, LAYERS, TUNE = "generate", "ask", "learn", "quantize", "tune"
@@ -125,20 +126,24 @@ def _identify(space: Workspace, recipe: Recipe, inputs: Callable[[], Mapping[str
     for leftover in folder.rglob(".*.tmp"):
         leftover.unlink()
     compare_noted(folder, progress)
+    if (folder / SUMMARY).exists():  # of what is noted nothing is missing any more, and nothing is made again
+        for name in noted(folder):
+            if "/" not in name and not (folder / name).exists():
+                raise DamagedError(f"'{folder / name}' was written and is gone; remove '{folder}' and begin again.")
     (folder / JOURNAL).touch()
     found = inputs()
     if (folder / INPUTS).exists():
         now = {"recipe": json.loads(recipe.to_json()), **found}
-        noted = {"recipe": read_json(folder / RECIPE), **read_json(folder / INPUTS)}
-        _compare(space, noted, now)
-        if noted == now:
+        before = {"recipe": read_json(folder / RECIPE), **read_json(folder / INPUTS)}
+        _compare(space, before, now)
+        if before == now:
             return
     write_text(folder / RECIPE, recipe.to_json() + "\n")
     write_json(folder / INPUTS, found)
 
 
-def _compare(space: Workspace, noted: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = dict(_leaves(noted)), dict(_leaves(now))
+def _compare(space: Workspace, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, after = dict(_leaves(then)), dict(_leaves(now))
     for key in sorted(before.keys() | after.keys()):
         was, now_is = before.get(key, _NOTHING), after.get(key, _NOTHING)
         if was != now_is and not _may_change(space, key):
