@@ -123,7 +123,8 @@ static inline void quantize(const T* x, U* out, int count, const Format& f) {
 // E2M1 in bfloat16, as integers of sixteen bits, of which a vector holds twice as many as floats: a magnitude loses its
 // last six bits, to nearest even, and below the scale there are three numbers. Blocks of 32 whose scale has neighbours.
 static inline void quantize(const bfloat16* x, bfloat16* out, int count, const Format& f) {
-    if (f.block != 32 || f.max != 6 || f.smallest_normal != 1 || f.step != 0.5f || f.away) return quantize_as(x, out, count, f);
+    if (f.block != 32 || f.max != 6 || f.smallest_normal != 1 || f.step != 0.5f || f.away)
+        return quantize<bfloat16, bfloat16>(x, out, count, f);
     Format usual = f;
     usual.block = 32;
     tile(x, nullptr, count, usual, [=, &f](int b, float scale, float inverse) {
