@@ -70,7 +70,12 @@ def test_an_error_comes_in_its_turn() -> None:
 def test_a_compiled_reference_takes_one_thread_at_a_time() -> None:
     """torch.compile falls over its own feet where two threads compile."""
     format = parse_format("mxfp4:scale=search")
-    pieces = [*torch.randn(5, 32, 2048, generator=torch.Generator().manual_seed(0))]
-    together = list(in_order(lambda piece: quantized_values(piece, format), pieces, 3))
+    pieces, start = [*torch.randn(3, 32, 2048, generator=torch.Generator().manual_seed(0))], threading.Barrier(3)
+
+    def work(piece: torch.Tensor) -> torch.Tensor:
+        start.wait()
+        return quantized_values(piece, format)
+
+    together = list(in_order(work, pieces, 3))
     for one, piece in zip(together, pieces, strict=True):
         assert torch.equal(one, quantized_values.reference(piece, format))  # type: ignore[attr-defined]

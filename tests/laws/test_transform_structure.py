@@ -24,7 +24,7 @@ from latmix.transforms import (
     Transform,
     initial_matrix,
 )
-from latmix.transforms.hadamard import butterflies, joined
+from latmix.transforms.hadamard import butterflies, joined, sylvester
 from latmix.transforms.rotation import exponential
 
 
@@ -118,6 +118,13 @@ def test_butterflies_are_the_product(order: int) -> None:
     assert "C++" in compiled.status()
     turned = butterflies(gaussian(4096, 8).T.unflatten(-1, (-1, order)))
     assert turned.flatten(-2).T.is_contiguous()
+
+
+def test_a_hadamard_matrix_first_made_where_tensors_have_no_numbers_has_some_elsewhere() -> None:
+    sylvester.cache_clear()
+    with torch.device("meta"):
+        Hadamard(64, 32)
+    assert Hadamard(64, 32).matrix().count_nonzero() == 64 * 32
 
 
 @pytest.mark.parametrize("seeds", [(None, None), (1, 2)])

@@ -150,9 +150,9 @@ def joined(map: Transform) -> Transform:
 @functools.cache
 def sylvester(order: int) -> Float[Tensor, "order order"]:
     """The Hadamard matrix of a power of two, entries ±1, symmetric."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, device="cpu")  # kept: wherever it is first asked for, it has numbers
     while len(matrix) < order:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu"), matrix)
     return matrix
 
 
