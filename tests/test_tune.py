@@ -108,12 +108,39 @@ def test_settled_codes_encode_what_the_latents_give_wherever_these_were_sent(nam
     latent, weight, quantized = latent_of(name)
     far = latent.right_inverse(weight)
     far += 9 * torch.randn_like(far)
-    latent.clamp_(far)
+    latent.constrain_(far, 0.0)
     settled = latent.settled(far)
     assert torch.equal(decode(settled), latent(far)) and torch.equal(settled.scales, quantized.scales)
     below, _, above = neighbours(quantized)
     assert torch.all(latent(far).abs() <= torch.maximum(below.abs(), above.abs()))
     assert not torch.equal(settled.codes, quantized.codes)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_damping_draws_latents_to_their_codes_and_changes_none(name: str) -> None:
+    latent, weight, _ = latent_of(name)
+    moved = latent.right_inverse(weight)
+    latent.constrain_(moved.add_(torch.randn_like(moved)), 0.0)
+    codes, before = latent(moved), moved.clone()
+    latent.constrain_(moved, 0.25)
+    assert torch.equal(latent(moved), codes) and not torch.equal(moved, before)
+    latent.constrain_(at_rest := before.clone(), 1.0)
+    torch.testing.assert_close(moved, torch.lerp(before, at_rest, 0.25))
+    assert torch.equal(latent(at_rest), codes)
+
+
+def test_a_damped_run_ends_nearer_to_its_codes() -> None:
+    def distance(damping: float) -> float:
+        tuning = Tuning(steps=30, batch=32, evaluate_every=30, codes_lr=0.06, damping=damping)
+        teacher, model, quantized, unrounded = quantized_tiny()
+        parts = free_parts(model, ARCHS["llama"], quantized, unrounded, tuning)
+        tune(model, parts, known(teacher), LEARN, WINDOWS[64:], tuning, 0, lambda step: None)
+        latents = [values.detach() for values in parts.latents.values()]
+        before = [values.clone() for values in latents]
+        parts.constrain(1.0)
+        return max(float((a - b).abs().mean()) for a, b in zip(before, latents, strict=True))
+
+    assert distance(0.3) < 0.7 * distance(0.0)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxint4", "nvfp4", "mxfp8_e4m3", "mxint8"])

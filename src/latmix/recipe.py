@@ -122,21 +122,26 @@ class Tuning(Distillation):
         biases: inputs of the architecture (qkv, o, gate_up, down) whose readers get a bias that learns.
         codes: every code may move to a neighbour on the grid (`latmix.model.latent`).
         codes_lr: peak learning rate of what codes are rounded from, in units of the scale.
+        damping: how far the last step draws that back to its code, as a share of the way; the steps before it draw
+            less, the first third nothing (`latmix.distill.tune`).
     """
 
-    steps: int = 600
+    steps: int = 1200
     lr: float = 2e-3
     average: bool = True
     kept: tuple[str, ...] = ("gains", "embedding", "head")
     biases: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     codes: bool = True
     codes_lr: float = 3e-3
+    damping: float = 3e-3
 
     key: ClassVar[str] = "tuning"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self.key, self, codes_lr=0)
+        _at_least(self.key, self, codes_lr=0, damping=0)
+        if self.damping > 1:
+            raise InputError(f"Recipe key 'tuning.damping' is {self.damping}; it must be at most 1.")
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class _Stage:
             raise diverged(f"the norm of the gradient is {norm}", course, self.schedule)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.student.stepped()
+        self.student.stepped((course.step + 1) / self.schedule.steps)
         if self.average is not None:
             self.average.take(course.step + 1)
         return loss, rate, norm

@@ -31,6 +31,6 @@ class Student(ABC):
         """Within, what depends on the learned parameters alone may be computed once."""
         return contextlib.nullcontext()
 
-    def stepped(self) -> None:
-        """Called after each optimizer step: the place for constraints."""
+    def stepped(self, done: float) -> None:
+        """Called after each optimizer step: the place for constraints. done: the share of all steps, up to 1."""
         return None

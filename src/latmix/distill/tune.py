@@ -3,6 +3,10 @@
 The weights stand on their grid, the activations are rounded as they will be, and the loss is the model's own KL: no
 layer-wise proxy is left. Source of the idea: norm and bias tuning of quantized networks (Norm Tweaking, 2309.02784) and
 learned rounding (AdaRound, 2004.10568), here end to end on KL and on MX codes.
+
+A weight whose best value lies between two numbers of the grid makes its code go to and fro, and all the others learn
+beside that noise. So latents are drawn back to their codes, more and more of them come to rest, and the rest make up
+for where they do (dampening, 2203.11086).
 """
 
 from collections.abc import Callable
@@ -22,6 +26,9 @@ from latmix.model.free import Free
 from latmix.progress import Progress
 from latmix.recipe import Tuning
 
+FREE = 0.3
+"""Share of the steps in which latents are not drawn back; from there on more in every step."""
+
 
 class Freed(Student):
     """A quantized model whose free parts learn; codes at a rate of their own."""
@@ -35,8 +42,9 @@ class Freed(Student):
         latents = [{"params": list(parts.latents.values()), "rate": tuning.codes_lr / tuning.lr}]
         return kept + latents[: len(parts.latents)]
 
-    def stepped(self) -> None:
-        self._parts.clamp()
+    def stepped(self, done: float) -> None:
+        growing = max(0.0, (done - FREE) / (1 - FREE))
+        self._parts.constrain(self._tuning.damping * growing)
 
 
 def tune(

@@ -54,10 +54,10 @@ class Free(nn.Module):
         self._movable = {path: latent for path, (latent, _) in latents.items()}  # a plain dict: they are the model's
 
     @torch.no_grad()
-    def clamp(self) -> None:
-        """Codes move to their neighbours and no further."""
+    def constrain(self, damping: float) -> None:
+        """Codes move to their neighbours and no further; latents go back to their codes, by that share of the way."""
         for latent, values in self._each().values():
-            latent.clamp_(sharding.held(values))
+            latent.constrain_(sharding.held(values), damping)
 
     @torch.no_grad()
     def settled(self, path: str) -> dict[str, Quantized]:

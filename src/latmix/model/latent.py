@@ -60,8 +60,11 @@ class Latent(nn.Module):
         return weight
 
     @torch.no_grad()
-    def clamp_(self, latent: Float[Tensor, "rows n"]) -> None:
-        """Back to where they may be; the rows of this rank."""
+    def constrain_(self, latent: Float[Tensor, "rows n"], damping: float) -> None:
+        """Draw them back to their codes, a share of the way, which changes no code, and to where they may be; the rows
+        of this rank."""
+        if damping:
+            latent.lerp_(from_blocks(_on_grid(latent, self.format), latent.shape[-1]), damping)
         latent.clamp_(self.below, self.above)
 
     @torch.no_grad()
@@ -75,6 +78,11 @@ class Latent(nn.Module):
         return from_blocks(to_blocks(values, block) / self.scales.unsqueeze(-1), values.shape[-1])
 
 
+def _on_grid(latent: Float[Tensor, "rows n"], format: BlockFormat) -> Float[Tensor, "rows blocks b"]:
+    """The numbers that latents are rounded to, in units of the scale."""
+    return round_to_element_(to_blocks(latent, format.block).clone(), format.element, format.rounding)
+
+
 class _Round(torch.autograd.Function):
     """Straight through the rounding of latents."""
 
@@ -82,8 +90,7 @@ class _Round(torch.autograd.Function):
     def forward(ctx: Any, latent: Tensor, scales: Tensor, format: BlockFormat) -> Tensor:
         ctx.save_for_backward(scales)
         ctx.block = format.block
-        q = round_to_element_(to_blocks(latent, format.block).clone(), format.element, format.rounding)
-        return from_blocks(q * scales.unsqueeze(-1), latent.shape[-1])
+        return from_blocks(_on_grid(latent, format) * scales.unsqueeze(-1), latent.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
