@@ -63,6 +63,7 @@ def variants(everything: Tuning, nothing: Tuning) -> list[Recipe]:
             for name, part in parts.items()
         ),
         with_tuning("without the mean of its steps", everything, average=False),
+        with_tuning("without damping", everything, damping=0.0),
         *(dataclasses.replace(everywhere, name=name, **changes) for name, changes in STARTS.items()),
     ]
 
