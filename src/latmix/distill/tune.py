@@ -26,7 +26,7 @@ from latmix.model.free import Free
 from latmix.progress import Progress
 from latmix.recipe import Tuning
 
-FREE = 0.3
+UNDAMPED = 0.3
 """Share of the steps in which latents are not drawn back; from there on more in every step."""
 
 
@@ -43,7 +43,7 @@ class Freed(Student):
         return kept + latents[: len(parts.latents)]
 
     def stepped(self, done: float) -> None:
-        growing = max(0.0, (done - FREE) / (1 - FREE))
+        growing = max(0.0, (done - UNDAMPED) / (1 - UNDAMPED))
         self._parts.constrain(self._tuning.damping * growing)
 
 
