@@ -55,6 +55,7 @@ def test_learning_can_be_switched_on_and_off() -> None:
         ("learning.lr", "NaN", "'learning.lr' takes a number of at most"),
         ("learning.accumulation", "9", "'learning.accumulation' is 9, above learning.batch"),
         ("learning.top_k", "1", "'learning.top_k' is 1; it must be at least 2"),
+        ("tuning.damping", "1.5", "'tuning.damping' is 1.5; it must be at most 1"),
         ("folded", "lu", "Recipe key 'folded' takes"),
     ],
 )

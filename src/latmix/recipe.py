@@ -123,7 +123,7 @@ class Tuning(Distillation):
         codes: every code may move to a neighbour on the grid (`latmix.model.latent`).
         codes_lr: peak learning rate of what codes are rounded from, in units of the scale.
         damping: how far the last step draws that back to its code, as a share of the way; the steps before it draw
-            less, the first three tenths not (`latmix.distill.tune`).
+            less, those of the first three tenths not at all (`latmix.distill.tune`).
     """
 
     steps: int = 1200
