@@ -1,10 +1,11 @@
 """What each part of latmix-plus brings: alone, and on top of the rest.
 
-    python benchmarks/ablation.py MODEL --out comparisons/ablation [--seeds 3] [--steps N] [options of latmix compare]
+    python benchmarks/ablation.py MODEL --out comparisons/ablation [--seeds 3] [--share 1] [options of latmix compare]
 
 Every row is latmix-plus with parts taken away or put in, run by `latmix.compare`: resumable, on equal terms, with
 spread over seeds and the cost in time. Rows that differ in tuning alone share what comes before it: a run that is
-stopped there goes on with another tuning, to the same bytes. `--windows 32,64` adds latmix-plus and GPTQ at fewer
+stopped there goes on with another tuning, to the same bytes. `--share 0.25` takes that share of its steps and of the
+text that the model writes itself, in every row. `--windows 32,64` adds latmix-plus and GPTQ at fewer
 calibration windows. To see what another domain makes of the same runs, run it again with another `--text`: only the
 evaluation is new.
 """
@@ -27,44 +28,53 @@ from latmix.recipes import find
 from latmix.rundir import partial_of, write_text
 
 PLUS = find("latmix-plus")
-EVERYTHING = PLUS.tuning or Tuning()
-NOTHING = dataclasses.replace(EVERYTHING, kept=(), biases=(), codes=False)
-STARTS = {
-    "without text of its own": {"calibration": dataclasses.replace(PLUS.calibration, generated=0)},
-    "without maps": {"folded": find("block-hadamard").folded, "learning": None},
-    "with maps in LU form": {"folded": find("latmix-lu").folded},
-    "with weights rounded to nearest": {"quantizer": "rtn"},
-}
 
 
-def with_tuning(name: str, base: Tuning, **parts: object) -> Recipe:
-    return dataclasses.replace(PLUS, name=name, tuning=dataclasses.replace(base, **parts))  # type: ignore[arg-type]
+def shortened(share: float) -> Recipe:
+    """latmix-plus with that share of its steps and of the text that the model writes itself."""
+    assert PLUS.learning is not None and PLUS.tuning is not None
+    return dataclasses.replace(
+        PLUS,
+        learning=dataclasses.replace(PLUS.learning, steps=round(share * PLUS.learning.steps)),
+        tuning=dataclasses.replace(PLUS.tuning, steps=round(share * PLUS.tuning.steps)),
+        calibration=dataclasses.replace(PLUS.calibration, generated=round(share * PLUS.calibration.generated)),
+    )
 
 
-def variants(everything: Tuning, nothing: Tuning) -> list[Recipe]:
+def variants(plus: Recipe) -> list[Recipe]:
     """In the order of the table: the start, one part at a time, everything, everything but one part, other starts."""
-    kept = everything.kept
+    everything = plus.tuning or Tuning()
+    nothing = dataclasses.replace(everything, kept=(), biases=(), codes=False)
     parts: dict[str, dict[str, tuple[object, object]]] = {  # key of the recipe → alone, and what the rest is
-        "gains": {"kept": (("gains",), tuple(part for part in kept if part != "gains"))},
+        "gains": {"kept": (("gains",), tuple(part for part in everything.kept if part != "gains"))},
         "biases": {"biases": (everything.biases, ())},
         "embedding and head": {"kept": (("embedding", "head"), ("gains",))},
         "codes": {"codes": (True, False)},
     }
-    everywhere = with_tuning("latmix-plus", everything)
+    starts: dict[str, dict[str, object]] = {
+        "without text of its own": {"calibration": dataclasses.replace(plus.calibration, generated=0)},
+        "without maps": {"folded": find("block-hadamard").folded, "learning": None},
+        "with maps in LU form": {"folded": find("latmix-lu").folded},
+        "with weights rounded to nearest": {"quantizer": "rtn"},
+    }
+
+    def with_tuning(name: str, base: Tuning, **changes: object) -> Recipe:
+        return dataclasses.replace(plus, name=name, tuning=dataclasses.replace(base, **changes))  # type: ignore[arg-type]
+
     return [
-        dataclasses.replace(PLUS, name="nothing tuned", tuning=None),
+        dataclasses.replace(plus, name="nothing tuned", tuning=None),
         *(
             with_tuning(f"only {name}", nothing, **{key: on for key, (on, _) in part.items()})
             for name, part in parts.items()
         ),
-        everywhere,
+        plus,
         *(
             with_tuning(f"without {name}", everything, **{key: off for key, (_, off) in part.items()})
             for name, part in parts.items()
         ),
         with_tuning("without the mean of its steps", everything, average=False),
         with_tuning("without damping", everything, damping=0.0),
-        *(dataclasses.replace(everywhere, name=name, **changes) for name, changes in STARTS.items()),
+        *(dataclasses.replace(plus, name=name, **changes) for name, changes in starts.items()),  # type: ignore[arg-type]
     ]
 
 
@@ -112,7 +122,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=EVERYTHING.steps, help="of tuning, in every row")
+    parser.add_argument("--share", type=float, default=1.0, help="of all steps and of the text that the model writes")
     parser.add_argument("--windows", default="", help="sizes of calibration to scale over, separated by commas")
     parser.add_argument("--rows", default="", help="only the rows of these names, separated by semicolons")
     parser.add_argument("--calibration", type=Path)
@@ -123,9 +133,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--jobs", type=int)
     args = parser.parse_args()
-    everything, nothing = (dataclasses.replace(base, steps=args.steps) for base in (EVERYTHING, NOTHING))
-    recipes = [find("gptq"), *variants(everything, nothing)]
-    plus = with_tuning("latmix-plus", everything)
+    plus = shortened(args.share)
+    recipes = [find("gptq"), *variants(plus)]
     for count in map(int, filter(None, args.windows.split(","))):
         recipes += [at_windows(find("gptq"), count), at_windows(plus, count)]
     if args.rows:
