@@ -43,7 +43,8 @@ def shortened(share: float) -> Recipe:
 
 def variants(plus: Recipe) -> list[Recipe]:
     """In the order of the table: the start, one part at a time, everything, everything but one part, other starts."""
-    everything = plus.tuning or Tuning()
+    assert plus.tuning is not None
+    everything = plus.tuning
     nothing = dataclasses.replace(everything, kept=(), biases=(), codes=False)
     parts: dict[str, dict[str, tuple[object, object]]] = {  # key of the recipe → alone, and what the rest is
         "gains": {"kept": (("gains",), tuple(part for part in everything.kept if part != "gains"))},
