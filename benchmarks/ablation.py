@@ -98,14 +98,15 @@ class Before(Progress):
 
 def share(planned: Iterable[Cell], trunks: Path) -> None:
     """Put what comes before tuning into the folders of those cells that have it in common with others."""
-    waiting = [cell for cell in planned if cell.recipe and cell.recipe.tuning and not cell.run.exists()]
+    waiting = [cell for cell in planned if cell.recipe and not cell.run.exists()]
     for trunk, each in itertools.groupby(sorted(waiting, key=start), start):
         alike = [cell for cell in each if not partial_of(cell.run).exists()]
-        if len(alike) < 2:
+        tuned = next((cell for cell in alike if cell.recipe and cell.recipe.tuning), None)
+        if tuned is None or len(alike) < 2:
             continue
         whole = partial_of(trunks / trunk)
         try:
-            quantize(alike[0].model, trunks / trunk, alike[0].recipe or "", alike[0].calibration, progress=Before())
+            quantize(tuned.model, trunks / trunk, tuned.recipe or "", tuned.calibration, progress=Before())
         except Reached:
             for cell in alike:
                 shutil.copytree(whole, partial_of(cell.run))
