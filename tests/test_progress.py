@@ -1,6 +1,7 @@
 """What is told of long work, in the terminal and in the log."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from latmix.cli.terminal import TerminalProgress
 from latmix.errors import LatmixError
 from latmix.export import fingerprint
 from latmix.progress import Logged, Progress
+from latmix.recipes import find
 from tests.exported import WITH_GGUF
 from tests.test_pipeline import save_tiny, settings
 from tests.texts import CALIBRATION, OTHER
@@ -141,6 +143,17 @@ def test_tuning_tells_of_the_layers_before_and_after(tuned: tuple[Path, Told]) -
     assert of("free", told) == of("write", told) == [[2, 0, 2]]
     assert names.index("quantize") < names.index("free") < names.index("tuning") < names.index("write")
     assert {"free: 2 to do", "write: 2 to do"} < set(lines_of(out / "log.txt"))
+
+
+def test_stages_follow_one_another(model: Path, tuned: tuple[Path, Told], tmp_path: Path) -> None:
+    """None begins inside another, whose units would count as its own: every one ends where it said. Without maps
+    nothing has loaded the teacher before it writes."""
+    without, told = replace(find("latmix-plus"), folded=find("block-hadamard").folded, learning=None), Told()
+    wish = {key: value for key, value in settings("latmix-plus").items() if not key.startswith("learning")}
+    latmix.quantize(model, tmp_path / "run", without, CALIBRATION, 0, wish, told)
+    assert of("generate", told) and not of("learning", told)
+    for name, total, before, since in [*told.heard, *tuned[1].heard]:
+        assert total == before + since, name  # type: ignore[operator]
 
 
 def test_an_evaluation_tells_of_what_it_reads_and_has_a_log(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from latmix import ranks, sharding
 from latmix.distill.answers import computing
@@ -68,22 +68,22 @@ def _write(
     """The windows from `begin` on, a batch for each rank at a time."""
     if begin >= count:
         return
-    together = BATCH * ranks.world()
+    model, together = teacher.model, BATCH * ranks.world()
     every = torch.arange(begin, count).split(together)
     progress.stage("generate", begin // together + len(every), begin // together)
     for rows in every:
         own = rows[ranks.rank() * BATCH :][:BATCH]
         own = torch.cat([own, rows[:1].expand(BATCH - len(own))])  # all have the same to do, together
-        made = _gone_on(teacher, windows[own % len(windows)], hash((seed, int(own[0]))), compute)
+        made = _gone_on(model, windows[own % len(windows)], hash((seed, int(own[0]))), compute)
         yield ranks.gathered(made, together)[: len(rows)].cpu().contiguous()
         progress.advance()
 
 
 def _gone_on(
-    teacher: Teacher, windows: Int[Tensor, "batch window"], seed: int, compute: str
+    model: PreTrainedModel, windows: Int[Tensor, "batch window"], seed: int, compute: str
 ) -> Int[Tensor, "batch window"]:
     """Windows that begin as these do. Given tokens are fed one by one too: so ranks take the same steps."""
-    model, (count, length) = teacher.model, windows.shape
+    count, length = windows.shape
     device = sharding.computes_on(model)
     generator = torch.Generator(device).manual_seed(seed)
     given = torch.randint(1, 1 + (length + 1) // 2, (count, 1), generator=generator, device=device)
